@@ -1,0 +1,122 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import egrpo_jax
+
+PROGRAM = """
+import dataclasses
+from egrpo_jax import cli
+from egrpo_jax.config import from_config_dict
+from egrpo_jax.errors import UserError
+from job import Job
+
+def main():
+    job = from_config_dict(Job, cli.CONFIG.value)
+    if job.steps == 13:
+        raise UserError("thirteen steps\\nare too many")
+    if job.steps == 14:
+        raise RuntimeError("a bug")
+    print(job)
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+JOB = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    lr: float = 0.1
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    steps: int = 10
+    clip: float | None = None
+    active: tuple[int, ...] = (0,)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    optim: Optim = Optim()
+"""
+CONFIG = """
+from egrpo_jax.config import to_config_dict
+from egrpo_jax.errors import UserError
+from job import Job
+
+def get_config(arg="10"):
+    if not arg.isdigit():
+        raise UserError(f"argument {arg!r} of this config, expected a number of steps")
+    return to_config_dict(Job(steps=int(arg)))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("program")
+    files = {
+        "program.py": PROGRAM,
+        "job.py": JOB,
+        "good.py": CONFIG,
+        "syntax.py": "def get_config(:\n    pass\n",
+        "name.py": "def get_config():\n    return missing\n",
+        "typed.py": CONFIG.replace("return", "config =") + "    config.optim.lr = 'x'\n    return config\n",
+        "empty.py": "",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def start(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(egrpo_jax.__file__).parents[1])}
+    command = [sys.executable, "program.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_runs_with_overrides(folder):
+    result = start(
+        folder, "--config=good.py:7", "--config.clip=2", "--config.active=3,4", "--config.weights.hps=1",
+        "--config.optim.lr", "0.5",
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = "Job(steps=7, clip=2.0, active=(3, 4), weights={'hps': 1.0}, optim=Optim(lr=0.5))\n"
+    assert result.stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=good.py", "--config.nope=1"], "config.nope: found 1, expected one of the keys active, clip, optim"),
+        (["--config=good.py", "--config.optim.l=1"], "config.optim.l: found 1, expected one of the keys lr"),
+        (["--config=good.py", "--config.nope.deep=1"], "--config: "),
+        (["--config=good.py", "--config.steps=many"], "flag --config.steps=many: "),
+        (["--config=good.py", "--config.active=a"], "config.active[0]: found 'a', expected a value of type int"),
+        (["--config=good.py", "--config.steps"], "Missing value for flag --config.steps"),
+        (["--config=good.py:ten"], "argument 'ten' of this config, expected a number of steps"),
+        (["--config=good.py:13"], "thirteen steps are too many"),
+        (["--config=missing.py"], "--config: [Errno 2] No such file or directory: 'missing.py'"),
+        (["--config=syntax.py"], "--config: SyntaxError: invalid syntax (syntax.py, line 1)"),
+        (["--config=name.py"], "--config: NameError: name 'missing' is not defined"),
+        (["--config=typed.py"], "--config: TypeError: Could not override field 'lr'"),
+        (["--config=empty.py"], "--config: AttributeError: "),
+        (["--config="], "--config: "),
+        (["--config=good.py", "--nope=1"], "Unknown command line flag 'nope'"),
+        (["--config=good.py", "stray"], "unexpected argument 'stray'; every option is a --flag"),
+        ([], "flag --config=None: Flag --config must have a value other than None."),
+    ],
+)
+def test_a_mistake_is_one_line(folder, arguments, message):
+    result = start(folder, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(folder):
+    result = start(folder, "--config=good.py:14")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "RuntimeError: a bug" in result.stderr
