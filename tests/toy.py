@@ -1,0 +1,112 @@
+"""A small analytic flow model, pipeline and rewards: every count, gradient and sample can be checked by hand."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.pipeline import Pipeline
+from egrpo_jax.rl.optimizer import OptimConfig
+from egrpo_jax.rl.plan import PlanConfig
+from egrpo_jax.rl.update import UpdateConfig
+from egrpo_jax.train_config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
+
+SHAPE = (6, 5)
+"""(N, D) of its latents."""
+
+
+def params(seed=0, width=5):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "mix": jax.random.normal(keys[0], (width, width)) * 0.3,
+        "time": jax.random.normal(keys[1], (width,)),
+        "text": jax.random.normal(keys[2], (3, width)),
+    }
+
+
+def conditioning(num_prompts, seed=1):
+    return {"text": jax.random.normal(jax.random.key(seed), (num_prompts, 3))}
+
+
+def velocity(params, latents, time, conditioning):
+    text = (conditioning["text"] @ params["text"])[:, None]
+    return jnp.tanh(latents @ params["mix"] + time[:, None, None] * params["time"] + text)
+
+
+class Counting:
+    """`velocity`, counting at run time how many latents it was called on, traced or not, scanned or not."""
+
+    def __init__(self):
+        self.samples = 0
+
+    def _count(self, batch):
+        self.samples += int(batch)
+
+    def __call__(self, params, latents, time, conditioning):
+        jax.debug.callback(self._count, latents.shape[0])
+        return velocity(params, latents, time, conditioning)
+
+
+def pipeline(_):
+    """The toy model as a user's own pipeline: 4 tokens of 12 numbers are an image of 4x4."""
+    return Pipeline(
+        velocity=velocity,
+        params=params(width=12),
+        encode=lambda prompts: {
+            "text": np.array([[len(p), p.count("a"), p.count("e")] for p in prompts], np.float32) / 9
+        },
+        decode=lambda latents: jax.nn.sigmoid(latents).reshape(-1, 4, 4, 3),
+        latents_shape=(4, 12),
+    )
+
+
+def redness(images, prompts):
+    """More red than blue, where the prompt's length is even; less, where it is odd."""
+    sign = jnp.array([1.0 if len(prompt) % 2 == 0 else -1.0 for prompt in prompts])
+    return sign * (images[..., 0] - images[..., 2]).mean((1, 2))
+
+
+def brightness(images, prompts):
+    del prompts
+    return images.mean((1, 2, 3))
+
+
+class BreaksAfter:
+    """`brightness`, and after so many calls nothing but nan."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __call__(self, images, prompts):
+        self.calls -= 1
+        return brightness(images, prompts) * (1.0 if self.calls >= 0 else jnp.nan)
+
+
+breaks_after_five = BreaksAfter(5)
+
+
+def slow_brightness(images, prompts):
+    """Gives a signal time to arrive in the middle of an iteration."""
+    time.sleep(0.05)
+    return brightness(images, prompts)
+
+
+def get_config(variant=""):
+    """A config file for the programs: `tests/toy.py`, `tests/toy.py:slow` or `tests/toy.py:breaks`."""
+    reward = {"": "tests.toy:redness", "slow": "tests.toy:slow_brightness", "breaks": "tests.toy:breaks_after_five"}[variant]
+    config = train_config(
+        TrainConfig(
+            name="toy",
+            num_iterations=12,
+            prompts_per_iteration=8,
+            rewards=RewardsConfig(train=(reward,), heldout=("tests.toy:brightness",)),
+            plan=PlanConfig(num_steps=4, group_size=4),
+            update=UpdateConfig(schedule="per_active_step", clip_range=1e-2, ema_decay=0.9),
+            optim=OptimConfig(learning_rate=3e-3),
+            evaluation=EvaluationConfig(every=4, batch=16, shown=4),
+            checkpoint=CheckpointConfig(every=3),
+        )
+    )
+    config.model.name = "tests.toy:pipeline"
+    return config
