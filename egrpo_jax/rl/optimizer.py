@@ -1,0 +1,77 @@
+"""The optimizer: AdamW with gradient clipping, that skips what is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from egrpo_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The config section `optim`; the defaults are the paper's (arXiv:2601.00423, section 5.1), the rest of AdamW
+    as in optax.
+
+    Attributes:
+      learning_rate: reached after `warmup_updates` linear steps, then constant.
+      warmup_updates: optimizer updates of the warm-up.
+      b1, b2, eps, weight_decay: of AdamW.
+      grad_clip: largest global norm of a gradient.
+      max_skipped: so many updates skipped in a row, for a loss or gradient that is not finite, end the run.
+    """
+
+    learning_rate: float = 2e-6
+    warmup_updates: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "grad_clip", "eps"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(key, getattr(self, key), "a positive number")
+        for key in ("b1", "b2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "a number in [0, 1)")
+        for key, least in (("weight_decay", 0), ("warmup_updates", 0), ("max_skipped", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(key, getattr(self, key), f"at least {least}")
+
+
+def make_schedule(config: OptimConfig) -> optax.Schedule:
+    """Learning rate by optimizer update."""
+    if not config.warmup_updates:
+        return optax.constant_schedule(config.learning_rate)
+    return optax.linear_schedule(
+        config.learning_rate / config.warmup_updates, config.learning_rate, config.warmup_updates
+    )
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """The optimizer of `config`; a gradient that is not finite leaves parameters and moments as they were."""
+    adamw = optax.adamw(
+        make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+    )
+    # apply_if_finite would apply a bad update after so many; the training loop stops long before.
+    return optax.apply_if_finite(
+        optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw), max_consecutive_errors=2**31 - 1
+    )
+
+
+def skipped_updates(opt_state: Any) -> tuple[chex.Array, chex.Array]:
+    """How many updates were skipped: in a row up to now, and in all."""
+    return opt_state.notfinite_count, opt_state.total_notfinite
+
+
+def last_learning_rate(config: OptimConfig, opt_state: Any) -> chex.Array:
+    """The learning rate of the last update that was applied."""
+    _, applied = optax.tree.get_all_with_path(opt_state, "count")[0]
+    return make_schedule(config)(jnp.maximum(applied - 1, 0))

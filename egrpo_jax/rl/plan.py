@@ -1,0 +1,183 @@
+"""The plan of one training iteration: which steps are random, where samples branch, and what it all costs.
+
+E-GRPO (arXiv:2601.00423, Algorithm 1): one deterministic *anchor* trajectory for each prompt; at each *active* step a
+group of `group_size` samples *branches* off the anchor by one random step, which spans several grid steps where the
+entropy of one is too low; deterministic *tails* carry the samples to images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from egrpo_jax.config import ConfigError
+from egrpo_jax.flow.schedule import Merge, Times, exp_entropy, merges_by_entropy, shifted_times, sigma
+from egrpo_jax.flow.solver import tail_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """The config section `plan`; the defaults are the paper's setting.
+
+    Attributes:
+      num_steps: T, steps of the time grid.
+      shift: s of the shifted grid.
+      noise_level: a, scale of the noise of a random step.
+      active_steps: grid steps that get a group of samples, counted from 0 at pure noise (the paper's k is
+        T - step); None for the first half.
+      entropy_threshold: tau; an active step spans as few grid steps as bring e^{h/d} to tau. 0 never merges.
+      merges: instead of `entropy_threshold`, the number of grid steps each active step spans.
+      group_size: G, samples for each prompt and active step.
+      tail_strides: the grid strides at which tails are walked; each stride gives every sample one more image and one
+        more advantage, and these are added (the granularities of G2RPO).
+    """
+
+    num_steps: int = 16
+    shift: float = 3.0
+    noise_level: float = 0.7
+    active_steps: tuple[int, ...] | None = None
+    entropy_threshold: float | None = 2.2
+    merges: tuple[int, ...] | None = None
+    group_size: int = 12
+    tail_strides: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2:
+            raise ConfigError("num_steps", self.num_steps, "at least 2")
+        if self.group_size < 2:
+            raise ConfigError("group_size", self.group_size, "at least 2: one sample has nothing to be compared with")
+        for key in ("shift", "noise_level"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(key, getattr(self, key), "a positive number")
+        if not self.tail_strides or min(self.tail_strides) < 1:
+            raise ConfigError("tail_strides", self.tail_strides, "one or more strides of at least 1")
+        self._check_active_steps()
+        self._check_merges()
+
+    def _check_active_steps(self) -> None:
+        steps = self.active_steps
+        if steps is None:
+            return
+        for step in steps:
+            if not 0 <= step < self.num_steps:
+                raise ConfigError("active_steps", step, f"a grid step from 0 to {self.num_steps - 1}")
+        if not steps or any(b <= a for a, b in itertools.pairwise(steps)):
+            raise ConfigError("active_steps", steps, "one or more increasing grid steps")
+
+    def _check_merges(self) -> None:
+        if (self.merges is None) == (self.entropy_threshold is None):
+            raise ConfigError("merges", self.merges, "either merges or entropy_threshold, the other one None")
+        if self.entropy_threshold is not None and self.entropy_threshold < 0:
+            raise ConfigError("entropy_threshold", self.entropy_threshold, "a number of at least 0")
+        if self.merges is None:
+            return
+        steps = self.resolved_active_steps
+        if len(self.merges) != len(steps):
+            raise ConfigError("merges", self.merges, f"one entry for each of the {len(steps)} active steps")
+        for step, length in zip(steps, self.merges, strict=True):
+            if not 1 <= length <= self.num_steps - step:
+                raise ConfigError("merges", length, f"1 to {self.num_steps - step} at step {step}: the grid ends there")
+
+    @property
+    def resolved_active_steps(self) -> tuple[int, ...]:
+        """`active_steps`, or the first half of the grid."""
+        return tuple(range(self.num_steps // 2)) if self.active_steps is None else self.active_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A random step from grid step `step` to `stop`, with its diffusion coefficient and e^{h/d} (merged, unmerged)."""
+
+    step: int
+    stop: int
+    sigma: float
+    exp_entropy: float
+    unmerged_exp_entropy: float
+    clamped: bool
+
+    @property
+    def merge(self) -> int:
+        """How many grid steps it spans."""
+        return self.stop - self.step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A static description of one iteration; see the module's docstring.
+
+    Attributes:
+      times: the grid, T + 1 times from 1 to 0.
+      branches: one for each active step.
+      group_size: samples of each branch.
+      tail_strides: see `PlanConfig`.
+    """
+
+    times: Times
+    branches: tuple[Branch, ...]
+    group_size: int
+    tail_strides: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.times) - 1
+
+    @property
+    def rollout_passes(self) -> int:
+        """Model forward passes of one prompt's rollout: the anchor's and the tails'; branching needs none."""
+        tails = sum(tail_steps(self.num_steps, b.stop, stride) for b in self.branches for stride in self.tail_strides)
+        return self.num_steps + self.group_size * tails
+
+    @property
+    def training_passes(self) -> int:
+        """Forward-and-backward passes of one prompt's update: a group shares its latents, hence one for each branch."""
+        return len(self.branches)
+
+    @property
+    def forward_passes(self) -> int:
+        """All forward passes of one prompt: rollout and update."""
+        return self.rollout_passes + self.training_passes
+
+    @property
+    def decodes(self) -> int:
+        """Images decoded and scored for one prompt."""
+        return len(self.branches) * len(self.tail_strides) * self.group_size
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """The E-GRPO plan of `config`."""
+    times = shifted_times(config.num_steps, config.shift)
+    steps = config.resolved_active_steps
+    if config.merges is not None:
+        merges = tuple(Merge(length) for length in config.merges)
+    else:
+        assert config.entropy_threshold is not None  # PlanConfig demands one of the two
+        merges = merges_by_entropy(times, steps, config.noise_level, config.entropy_threshold)
+    branches = tuple(
+        Branch(
+            step=step,
+            stop=step + merge.length,
+            sigma=sigma(times, step, config.noise_level),
+            exp_entropy=exp_entropy(times, step, merge.length, config.noise_level),
+            unmerged_exp_entropy=exp_entropy(times, step, 1, config.noise_level),
+            clamped=merge.clamped,
+        )
+        for step, merge in zip(steps, merges, strict=True)
+    )
+    return Plan(times, branches, config.group_size, config.tail_strides)
+
+
+def describe(plan: Plan) -> str:
+    """A table of the plan's random steps and a line of its cost, for people."""
+    lines = [" step   time  ->  time  merge  e^(h/d)  unmerged"]
+    for branch in plan.branches:
+        lines.append(
+            f"{branch.step:5d}  {plan.times[branch.step]:.4f} -> {plan.times[branch.stop]:.4f}  {branch.merge:5d}  "
+            f"{branch.exp_entropy:7.3f}  {branch.unmerged_exp_entropy:8.3f}"
+            + ("  clamped: the grid ends before the threshold" if branch.clamped else "")
+        )
+    lines.append(
+        f"for each prompt: {plan.rollout_passes} forward passes and {plan.decodes} images in the rollout, "
+        f"{plan.training_passes} forward and backward passes in the update"
+    )
+    return "\n".join(lines)

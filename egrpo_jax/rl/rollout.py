@@ -1,0 +1,134 @@
+"""The rollout of a plan: anchor, branches, tails."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from egrpo_jax.flow.solver import VelocityFn, solve, solve_path
+from egrpo_jax.flow.transition import Kernel, draw, log_prob, sde_kernel
+from egrpo_jax.rl.plan import Plan
+
+_ANCHOR = 0  # What the anchor's noise key is folded with; grid step i uses i + 1.
+
+
+class Transitions(NamedTuple):
+    """Random steps to train on: E active steps, K states each (one for each prompt), S samples from each state.
+
+    Attributes:
+      latents: x_t, `[E, K, N, D]`.
+      next_latents: x_t', `[E, K, S, N, D]`.
+      time, next_time, sigma: `[E, K]`.
+      log_prob: log p_old(x_t' | x_t), averaged over N and D, `[E, K, S]`.
+    """
+
+    latents: chex.Array
+    next_latents: chex.Array
+    time: chex.Array
+    next_time: chex.Array
+    sigma: chex.Array
+    log_prob: chex.Array
+
+
+class Rollout(NamedTuple):
+    """What one iteration samples.
+
+    Attributes:
+      transitions: the random steps, K = P prompts, S = G.
+      latents: where the tails end, t = 0: `[P, E, R, G, N, D]`, R the number of tail strides.
+    """
+
+    transitions: Transitions
+    latents: chex.Array
+
+
+def group_kernel(
+    latents: chex.Array, velocity: chex.Array, time: chex.Array, next_time: chex.Array, sigma: chex.Array
+) -> Kernel:
+    """The SDE kernel of states `[..., N, D]`, with an axis for the samples of each state: mean `[..., 1, N, D]`.
+
+    Rollout and loss both call this: all samples of a state share one velocity.
+    """
+    kernel = sde_kernel(latents, velocity, time, next_time, sigma)
+    return Kernel(kernel.mean[..., None, :, :], kernel.std[..., None, :, :])
+
+
+def prompt_keys(key: chex.PRNGKey, first: int, count: int) -> chex.Array:
+    """One key for each prompt of an iteration, from its place in the batch, never from a device: `[count]`."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+
+
+def anchor_noise(keys: chex.Array, shape: tuple[int, int]) -> chex.Array:
+    """The initial noise of each prompt, `[P, *shape]`."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, _ANCHOR), shape))(keys)
+
+
+def _branch_noise(keys: chex.Array, plan: Plan, shape: tuple[int, int]) -> chex.Array:
+    """Noise `[E, P, G, *shape]`, keyed by prompt, grid step and sample."""
+
+    def one(step: chex.Array, key: chex.Array, sample: chex.Array) -> chex.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 1 + step), sample), shape)
+
+    over_samples = jax.vmap(one, (None, None, 0))
+    over_prompts = jax.vmap(over_samples, (None, 0, None))
+    steps = jnp.array([branch.step for branch in plan.branches])
+    return jax.vmap(over_prompts, (0, None, None))(steps, keys, jnp.arange(plan.group_size))
+
+
+def roll_out(
+    velocity_fn: VelocityFn, params: Any, plan: Plan, conditioning: Any, keys: chex.Array, shape: tuple[int, int]
+) -> Rollout:
+    """Samples one iteration of `plan`.
+
+    The anchor's own velocities serve all branches, so that only anchor and tails call the model:
+    `plan.rollout_passes` times for each prompt.
+
+    Args:
+      velocity_fn, params: the model.
+      conditioning: pytree with leading axis P.
+      keys: one key for each prompt, `[P]`.
+      shape: (N, D) of the latents.
+    """
+    times = jnp.array(plan.times, jnp.float32)
+    _, path, velocities = solve_path(velocity_fn, params, anchor_noise(keys, shape), times, conditioning)
+    transitions = _branch(plan, times, path, velocities, keys)
+    return Rollout(transitions, _tails(velocity_fn, params, plan, times, transitions.next_latents, conditioning))
+
+
+def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Array, keys: chex.Array) -> Transitions:
+    steps = jnp.array([branch.step for branch in plan.branches])
+    stops = jnp.array([branch.stop for branch in plan.branches])
+    sigmas = jnp.array([branch.sigma for branch in plan.branches], jnp.float32)
+    latents = path[steps]
+    time, next_time, sigma = (
+        jnp.broadcast_to(value[:, None], latents.shape[:2]) for value in (times[steps], times[stops], sigmas)
+    )
+    kernel = group_kernel(latents, velocities[steps], time, next_time, sigma)
+    next_latents = draw(kernel, _branch_noise(keys, plan, path.shape[-2:]))
+    return Transitions(latents, next_latents, time, next_time, sigma, log_prob(kernel, next_latents))
+
+
+def _tails(
+    velocity_fn: VelocityFn,
+    params: Any,
+    plan: Plan,
+    times: chex.Array,
+    starts: chex.Array,
+    conditioning: Any,
+) -> chex.Array:
+    """Walks every sample `[E, P, G, N, D]` to t = 0 at every stride: `[P, E, R, G, N, D]`."""
+    num_branches, num_prompts, group_size, *shape = starts.shape
+    per_sample = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), conditioning)
+    tails = [(e, b.stop, stride) for e, b in enumerate(plan.branches) for stride in plan.tail_strides]
+
+    def walk(_: None, tail: chex.Array) -> tuple[None, chex.Array]:
+        branch, start, stride = tail
+        latents = starts[branch].reshape(-1, *shape)
+        return None, solve(velocity_fn, params, latents, times, per_sample, start, stride)
+
+    _, ends = jax.lax.scan(walk, None, jnp.array(tails))
+    ends = ends.reshape(num_branches, len(plan.tail_strides), num_prompts, group_size, *shape)
+    return jnp.moveaxis(ends, 2, 0)
