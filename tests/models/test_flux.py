@@ -1,0 +1,142 @@
+"""The transformer: its published size, its building blocks against formulas, its symmetries."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from egrpo_jax.models.attention import apply_rope, attention, rope_table
+from egrpo_jax.models.flux import Flux, FluxConfig, layer_norm, position_ids, sinusoid
+
+SMALL = FluxConfig(
+    in_channels=12, num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=16, text_dim=10, pooled_dim=6,
+    axes_dims=(4, 6, 6),
+)  # fmt: skip
+GRID = (2, 3)
+
+
+def inputs(config=SMALL, batch=2, text_tokens=5):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (batch, GRID[0] * GRID[1], config.in_channels)),
+        jnp.linspace(0.2, 0.9, batch),
+        jax.random.normal(keys[1], (batch, text_tokens, config.text_dim)),
+        jax.random.normal(keys[2], (batch, config.pooled_dim)),
+        jnp.full(batch, 3.5) if config.guidance_embed else None,
+    )
+
+
+def randomised(model, *args):
+    """Parameters with no zeros: freshly initialised ones make the velocity vanish."""
+    params = model.init(jax.random.key(1), *args, grid=GRID)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return {"params": jax.tree.unflatten(tree, noisy)}
+
+
+@pytest.mark.parametrize(("guidance", "count"), [(True, 11_901_408_320), (False, 11_891_178_560)])
+def test_published_parameter_counts(guidance, count):
+    """FLUX.1-dev and FLUX.1-schnell."""
+    config = FluxConfig(guidance_embed=guidance)
+    args = jax.eval_shape(lambda: inputs(config))
+    abstract = jax.eval_shape(lambda: Flux(config).init(jax.random.key(0), *args_like(args), grid=GRID))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == count
+
+
+def args_like(args):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), args)
+
+
+def test_velocity_is_float32_and_starts_at_zero():
+    args = inputs()
+    model = Flux(SMALL, dtype=jnp.bfloat16)
+    velocity = model.apply(model.init(jax.random.key(0), *args, grid=GRID), *args, grid=GRID)
+    chex.assert_shape(velocity, (2, 6, 12))
+    chex.assert_type(velocity, jnp.float32)
+    chex.assert_trees_all_equal(velocity, jnp.zeros_like(velocity))
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_unrolling_changes_nothing(unroll):
+    args = inputs()
+    variables = randomised(Flux(SMALL), *args)
+    velocity = Flux(SMALL).apply(variables, *args, grid=GRID)
+    chex.assert_trees_all_close(Flux(SMALL, unroll=unroll).apply(variables, *args, grid=GRID), velocity, atol=1e-5)
+    assert float(jnp.abs(velocity).mean()) > 0.1
+
+
+def test_every_input_matters_and_samples_do_not_mix():
+    args = inputs()
+    model, variables = Flux(SMALL), randomised(Flux(SMALL), *args)
+    velocity = model.apply(variables, *args, grid=GRID)
+    for place in range(5):
+        changed = list(args)
+        changed[place] = changed[place].at[0].add(0.5)
+        other = model.apply(variables, *changed, grid=GRID)
+        assert float(jnp.abs(other[0] - velocity[0]).max()) > 1e-3, place
+        chex.assert_trees_all_close(other[1], velocity[1], atol=1e-5)
+
+
+def test_image_positions_matter_and_text_positions_do_not():
+    args = inputs()
+    model, variables = Flux(SMALL), randomised(Flux(SMALL), *args)
+    velocity = model.apply(variables, *args, grid=GRID)
+    turned = model.apply(variables, args[0][:, ::-1], *args[1:], grid=GRID)
+    assert float(jnp.abs(turned[:, ::-1] - velocity).max()) > 1e-3
+    shuffled = model.apply(variables, *args[:2], args[2][:, ::-1], *args[3:], grid=GRID)
+    chex.assert_trees_all_close(shuffled, velocity, atol=1e-4)
+
+
+def test_guidance_must_match_the_config():
+    args = inputs()
+    with pytest.raises(ValueError, match="guidance_embed is True"):
+        Flux(SMALL).init(jax.random.key(0), *args[:4], grid=GRID)
+    with pytest.raises(ValueError, match="axes_dims"):
+        FluxConfig(head_dim=64)
+
+
+def test_sinusoid_has_cosines_first_and_a_factor_of_1000():
+    angles = 1000 * 0.3 * 10_000.0 ** (-np.arange(128) / 128)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)])
+    chex.assert_trees_all_close(sinusoid(jnp.array([0.3]))[0], expected.astype(np.float32), atol=1e-4)
+
+
+def test_layer_norm_against_flax():
+    x = jax.random.normal(jax.random.key(0), (3, 7, 20)) * 5 + 2
+    reference = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
+    chex.assert_trees_all_close(layer_norm(x), reference.apply({}, x), atol=1e-5)
+
+
+def test_rope_rotates_interleaved_pairs():
+    ids = position_ids(1, (2, 2))
+    np.testing.assert_array_equal(ids, [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    cos, sin = rope_table(ids, (2, 4, 2))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
+    got = np.asarray(apply_rope(x, cos, sin))[0, 4, 0]
+    # Token (0, 1, 1): axis 0 does not turn; axis 1 turns by 1 and by 1 / 100; axis 2 by 1.
+    pairs = np.asarray(x)[0, 4, 0].reshape(4, 2) @ np.array([1, 1j])
+    expected = pairs * np.exp(1j * np.array([0.0, 1.0, 0.01, 1.0]))
+    np.testing.assert_allclose(got.reshape(4, 2) @ np.array([1, 1j]), expected, atol=1e-5)
+    chex.assert_trees_all_close(apply_rope(x, cos, sin)[:, :2], x[:, :2])
+
+
+def test_rope_makes_attention_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    scores = []
+    for shift in (0, 5):
+        cos, sin = rope_table(np.array([[3 + shift], [7 + shift]]), (8,))
+        rotated = apply_rope(jnp.concatenate([q, k], 1), cos, sin)
+        scores.append(float((rotated[0, 0, 0] * rotated[0, 1, 0]).sum()))
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4)
+
+
+def test_attention_against_its_formula():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
+    mask = jnp.array([True, True, True, False, True])[None, None, None]
+    logits = np.einsum("bnhd,bmhd->bhnm", q, k).astype(np.float64) / 2
+    weights = np.exp(np.where(mask, logits, -np.inf))
+    expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+    chex.assert_trees_all_close(attention(q, k, v, mask), expected.astype(np.float32), atol=1e-5)
