@@ -1,0 +1,74 @@
+"""The device mesh and how an iteration is spread over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from egrpo_jax.config import ConfigError
+
+DATA = "data"
+"""The axis over which prompts are spread: manual inside shard_map. `fsdp` and `tensor` stay automatic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The config section `mesh`: devices on each axis; -1 on one axis takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        for key, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+            if size != -1 and size < 1:
+                raise ConfigError(key, size, "at least 1, or -1 for all devices left")
+        if sizes.count(-1) > 1:
+            raise ConfigError("data", self.data, "-1 on one axis only")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices.
+
+    Raises:
+      ConfigError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = list(dataclasses.astuple(config))
+    if -1 in sizes:
+        fill = sizes.index(-1)
+        sizes[fill] = 1
+        used = sizes[0] * sizes[1] * sizes[2]
+        sizes[fill] = devices // used
+    if sizes[0] * sizes[1] * sizes[2] != devices:
+        raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {devices} devices here")
+    return jax.make_mesh(sizes, (DATA, "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def over_data(axis: int = 0) -> PartitionSpec:
+    """Spread over `data` along `axis`."""
+    return PartitionSpec(*(None,) * axis, DATA)
+
+
+REPLICATED = PartitionSpec()
+
+
+def spread(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """`jit(shard_map(function))`, manual over `data`, under the mesh set by `jax.set_mesh`; may reuse the memory of the
+    arguments numbered in `donate`."""
+    # check_vma would sum the gradients of replicated parameters over devices in every micro-batch; `rl.update` does
+    # so once, after accumulation.
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+    """`tree` on the devices of `mesh`, every leaf laid out as `spec`."""
+    return jax.device_put(tree, NamedSharding(mesh, spec))

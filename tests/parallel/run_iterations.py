@@ -1,0 +1,39 @@
+"""Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG OUT DATA FSDP`."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from egrpo_jax.config import from_config_dict
+from egrpo_jax.metrics import PhaseTimer
+from egrpo_jax.parallel.mesh import REPLICATED, MeshConfig, make_mesh, put
+from egrpo_jax.progress import first_progress
+from egrpo_jax.train import make_job, make_steps, run_iteration
+from egrpo_jax.train_config import TrainConfig
+
+
+def main(config_file, out, data, fsdp):
+    spec = importlib.util.spec_from_file_location("config_file", config_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = 8, 4, 3
+    config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(data=int(data), fsdp=int(fsdp)))
+    job = make_job(config)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        progress = first_progress(job.pipeline.params, job.optimizer, config)
+        progress = progress._replace(state=put(mesh, progress.state, REPLICATED))
+        steps = make_steps(job)
+        for _ in range(3):
+            progress, metrics = run_iteration(job, steps, progress, PhaseTimer())
+    leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
+    np.savez(Path(out), reward=metrics[f"reward/{config.rewards.train[0]}/mean"], **leaves)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,49 @@
+"""The same run on one device and on eight."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egrpo_jax.config import ConfigError
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(config, out, devices, data, fsdp):
+    command = [sys.executable, "-m", "tests.parallel.run_iterations", config, str(out), str(data), str(fsdp)]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["tests/toy.py", "configs/emoji.py"])
+def test_samples_and_parameters_after_three_updates_do_not_depend_on_the_devices(tmp_path, config):
+    one = run(config, tmp_path / "one.npz", 1, 1, 1)
+    again = run(config, tmp_path / "again.npz", 1, 1, 1)
+    assert all((one[name] == again[name]).all() for name in one)  # a rerun is bit-identical
+    for data, fsdp in ((8, 1), (4, 2)):
+        other = run(config, tmp_path / f"{data}.npz", 8, data, fsdp)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, atol=1e-5, err_msg=name)
+
+
+def test_meshes_that_do_not_fit_the_devices():
+    assert make_mesh(MeshConfig()).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert make_mesh(MeshConfig(data=1, tensor=-1)).shape["tensor"] == 1
+    with pytest.raises(ConfigError, match="axes that multiply to the 1 devices here"):
+        make_mesh(MeshConfig(fsdp=2))
+
+
+@pytest.mark.parametrize(("changes", "key"), [({"fsdp": 0}, "fsdp"), ({"data": -1, "fsdp": -1}, "data")])
+def test_wrong_configs_name_the_key(changes, key):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}: found "):
+        MeshConfig(**changes)
