@@ -1,0 +1,127 @@
+"""Images for people: uint8, captioned grids, before and after, PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
+
+from egrpo_jax.checkpoint import atomic_write
+
+_GAP = 8
+_FONT_SIZE = 15
+_LINE = 19
+_DESCENT = 4
+_MAX_LINES = 3
+_SMALL_SIDE = 160
+
+
+def to_uint8(images: ArrayLike) -> np.ndarray:
+    """Floats in [0, 1], of any shape, as uint8: clipped, scaled by 255 and rounded; nan becomes 0."""
+    return np.rint(np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0, 1) * 255).astype(np.uint8)
+
+
+def grid(
+    images: ArrayLike, columns: int, captions: Sequence[str] | None = None, scale: int | None = None
+) -> Image.Image:
+    """All images in rows of `columns`, each above its caption.
+
+    Args:
+      images: [B, H, W, 3] in [0, 1].
+      columns: images per row.
+      captions: B texts, wrapped to the width of an image and cut after three lines.
+      scale: whole factor of enlargement, the pixels staying sharp squares; by default images below 160 pixels are
+        enlarged beyond that.
+    """
+    tiles = _tiles(images, scale)
+    return _arrange([_with_caption(tile, text) for tile, text in _captioned(tiles, captions)], columns)
+
+
+def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str]) -> Image.Image:
+    """Pairs of images side by side, labelled, each pair above its caption; as square a sheet as the pairs allow.
+
+    Args:
+      before: [B, H, W, 3] in [0, 1].
+      after: [B, H, W, 3] in [0, 1].
+      captions: B texts.
+    """
+    pairs = [
+        _arrange([_with_caption(old, "before"), _with_caption(new, "after")], columns=2, gap=2)
+        for old, new in zip(_tiles(before, None), _tiles(after, None), strict=True)
+    ]
+    tiles = [_with_caption(pair, text) for pair, text in _captioned(pairs, captions)]
+    return _arrange(tiles, columns=max(1, round(math.sqrt(len(tiles) / 2))), gap=2 * _GAP)
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes `image` to `path`, whole or not at all. Raises UserError if that cannot be written."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    atomic_write(path, buffer.getvalue())
+
+
+def _tiles(images: ArrayLike, scale: int | None) -> list[Image.Image]:
+    pixels = to_uint8(images)
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
+        raise ValueError(f"expected images [B, H, W, 3], found {pixels.shape}")
+    height, width = pixels.shape[1:3]
+    scale = scale or math.ceil(_SMALL_SIDE / max(height, width))
+    return [Image.fromarray(tile).resize((width * scale, height * scale), Image.Resampling.NEAREST) for tile in pixels]
+
+
+def _captioned(tiles: list[Image.Image], captions: Sequence[str] | None) -> list[tuple[Image.Image, str]]:
+    return list(zip(tiles, [""] * len(tiles) if captions is None else captions, strict=True))
+
+
+def _with_caption(tile: Image.Image, text: str) -> Image.Image:
+    """`tile` on white with `text` centred below it."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    lines = _wrap(text, tile.width, font)
+    result = Image.new("RGB", (tile.width, tile.height + _LINE * len(lines) + _DESCENT), "white")
+    result.paste(tile)
+    draw = ImageDraw.Draw(result)
+    for row, line in enumerate(lines):
+        draw.text((tile.width / 2, tile.height + _LINE * row + 2), line, fill="black", font=font, anchor="ma")
+    return result
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """`text` in at most three lines of `width` pixels; what does not fit ends in an ellipsis."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    shown = lines[:_MAX_LINES]
+    if len(lines) > _MAX_LINES:
+        shown[-1] += "..."
+    return [_shorten(line, width, font) for line in shown]
+
+
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix("...")
+    while line and font.getlength(f"{line}...") > width:
+        line = line[:-1]
+    return f"{line}..."
+
+
+def _arrange(tiles: list[Image.Image], columns: int, gap: int = _GAP) -> Image.Image:
+    """Tiles of one width in rows of `columns` on white; each row is as high as its highest tile."""
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    width = tiles[0].width
+    size = (gap + min(columns, len(tiles)) * (width + gap), gap + sum(height + gap for height in heights))
+    sheet, top = Image.new("RGB", size, "white"), gap
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (gap + column * (width + gap), top))
+        top += height + gap
+    return sheet
