@@ -22,7 +22,7 @@ def group_advantage(rewards: chex.Array) -> chex.Array:
     """
     mean = rewards.mean(-1, keepdims=True)
     std = rewards.std(-1, ddof=1, keepdims=True)
-    return jnp.where(_spread(rewards), (rewards - mean) / (std + 1e-8), 0.0)
+    return jnp.where(_all_equal(rewards), 0.0, (rewards - mean) / (std + 1e-8))
 
 
 def credit(rewards: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:
@@ -44,8 +44,9 @@ def credit(rewards: Mapping[str, chex.Array], weights: Mapping[str, float]) -> c
 
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
     """The share of groups `[..., G]` in which all rewards are equal: they teach nothing."""
-    return 1.0 - _spread(rewards).mean()
+    return _all_equal(rewards).mean()
 
 
-def _spread(rewards: chex.Array) -> chex.Array:
-    return rewards.max(-1, keepdims=True) > rewards.min(-1, keepdims=True)
+def _all_equal(rewards: chex.Array) -> chex.Array:
+    """`[..., 1]`; False where a reward is nan, so that it shows."""
+    return rewards.max(-1, keepdims=True) == rewards.min(-1, keepdims=True)

@@ -22,6 +22,12 @@ class AdvantageTest(chex.TestCase):
         chex.assert_trees_all_equal(self.variant(group_advantage)(rewards), jnp.zeros_like(rewards))
 
 
+def test_a_reward_that_is_nan_shows():
+    advantage = group_advantage(jnp.array([[1.0, jnp.nan, 2.0], [1.0, 2.0, 3.0]]))
+    assert jnp.isnan(advantage[0]).all()
+    assert jnp.isfinite(advantage[1]).all()
+
+
 def test_credit_normalises_each_reward_before_weighting():
     rng = np.random.default_rng(0)
     small, large = rng.normal(size=(2, 3, 4, 2, 5)).astype(np.float32)  # [P, E, R, G]
