@@ -62,7 +62,8 @@ class MetricsWriter:
         self._file.write(json.dumps({"iteration": iteration, **record}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, iteration)
+            if math.isfinite(value):  # tensorboardX logs a warning of its own for each that is not
+                self._tensorboard.add_scalar(name, value, iteration)
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)

@@ -91,8 +91,8 @@ def entropy_plot(
 
 
 def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values of `key`, where it was written."""
-    points = [(line["iteration"], line[key]) for line in metrics if key in line]
+    """Iterations and values of `key`, where it was written and is finite."""
+    points = [(line["iteration"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
@@ -102,13 +102,13 @@ def _draw_training(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str
     if not len(iterations):
         return
     half = max(1, len(rewards) // 40)
-    smooth = [np.nanmean(rewards[max(0, i - half) : i + half + 1]) for i in range(len(rewards))]
+    smooth = [np.mean(rewards[max(0, i - half) : i + half + 1]) for i in range(len(rewards))]
     axes.plot(iterations, rewards, color=_TRAIN, alpha=0.3, linewidth=0.8)
     axes.plot(iterations, smooth, color=_TRAIN, linewidth=1.8, label="training, smoothed")
 
 
 def _draw_evaluation(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str) -> None:
-    evaluations = [line for line in metrics if f"eval/{name}/mean" in line]
+    evaluations = [line for line in metrics if np.isfinite(line.get(f"eval/{name}/mean", np.nan))]
     if not evaluations:
         return
     iterations, means = _series(evaluations, f"eval/{name}/mean")
