@@ -1,0 +1,108 @@
+"""Rewards of the embedded emoji task: cosines under small image-text towers, and the judge's retrieval rank."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.data.emoji import all_names
+from egrpo_jax.data.emoji_text import encode_prompts
+from egrpo_jax.errors import UserError
+from egrpo_jax.models.towers import Tower
+from egrpo_jax.weights.assets import load_tower
+
+
+class CosineReward:
+    """Cosine in [-1, 1] between an image and its prompt under the embedded tower `name`.
+
+    Texts are encoded once per distinct prompt and kept.
+    """
+
+    def __init__(self, name: str, folder: str | os.PathLike[str] | None = None):
+        tower, self._params = load_tower(name, folder)
+        self._score = jax.jit(lambda params, images, texts: (_encode(tower, params, images) * texts).sum(-1))
+        self._encode_text = jax.jit(functools.partial(tower.apply, method="encode_text"))
+        self._texts: dict[str, np.ndarray] = {}
+
+    def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
+        """Scores `[B]` of `images [B, 32, 32, 3]` in [0, 1] for their `prompts`."""
+        _check(images, prompts)
+        new = sorted(set(prompts) - self._texts.keys())
+        if new:
+            vectors = self._encode_text({"params": self._params}, encode_prompts(new).pooled)
+            self._texts |= zip(new, np.asarray(vectors), strict=True)
+        return self._score(self._params, images, np.stack([self._texts[prompt] for prompt in prompts]))
+
+
+class RecallReward:
+    """1 if an image's prompt is among the `top` names nearest to the image under a tower, else 0; the mean is R@top.
+
+    Prompts must be names of emoji: what else is there to rank against them.
+    """
+
+    def __init__(self, name: str, top: int, folder: str | os.PathLike[str] | None = None):
+        tower, self._params = load_tower(name, folder)
+        names = all_names()
+        self._indices = {prompt: index for index, prompt in enumerate(names)}
+        pooled = encode_prompts(names).pooled
+        self._texts = tower.apply({"params": self._params}, pooled, method="encode_text")
+
+        def score(params: chex.ArrayTree, texts: chex.Array, images: chex.Array, indices: chex.Array) -> chex.Array:
+            cosines = _encode(tower, params, images) @ texts.T
+            own = jnp.take_along_axis(cosines, indices[:, None], axis=1)
+            return ((cosines > own).sum(-1) < top).astype(jnp.float32)
+
+        self._score = jax.jit(score)
+
+    def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
+        """Hits `[B]`, 0 or 1, of `images [B, 32, 32, 3]` in [0, 1] for their `prompts`.
+
+        Raises:
+          UserError: a prompt is no name of an emoji.
+        """
+        _check(images, prompts)
+        unknown = set(prompts) - self._indices.keys()
+        if unknown:
+            raise UserError(f"recall among the emoji names needs prompts that are such names, found {min(unknown)!r}")
+        indices = np.array([self._indices[prompt] for prompt in prompts], np.int32)
+        return self._score(self._params, self._texts, images, indices)
+
+
+def cosine_to_reward() -> CosineReward:
+    """The reward to train on: robust against the errors a generator makes."""
+    return CosineReward("reward")
+
+
+def cosine_to_judge() -> CosineReward:
+    """The held-out judge: another architecture, other augmentation, another seed."""
+    return CosineReward("judge")
+
+
+def cosine_to_weak() -> CosineReward:
+    """A reward trained on clean pictures, easily hacked; for studying reward hacking."""
+    return CosineReward("weak")
+
+
+def judge_recall_1() -> RecallReward:
+    """R@1 among all names under the judge."""
+    return RecallReward("judge", 1)
+
+
+def judge_recall_10() -> RecallReward:
+    """R@10 among all names under the judge."""
+    return RecallReward("judge", 10)
+
+
+def _encode(tower: Tower, params: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    return tower.apply({"params": params}, images, method="encode_images")
+
+
+def _check(images: chex.Array, prompts: Sequence[str]) -> None:
+    if images.shape != (len(prompts), 32, 32, 3):
+        raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, 32, 32, 3], found {images.shape}")

@@ -1,0 +1,105 @@
+"""Small parameter trees that ship with the package, one safetensors file each.
+
+Paths of the tree are joined with '/', values are stored as float16 and come back as float32. The header carries the
+model's config and the licence, JSON-encoded key by key, so that a file explains itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from egrpo_jax.errors import UserError
+from egrpo_jax.models.flux import FluxConfig
+from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from egrpo_jax.models.towers import Tower, TowerConfig
+
+Params = dict[str, Any]
+
+
+def asset_path(name: str) -> Path:
+    """Where the file `name` lies (or would lie) among the package's assets."""
+    return Path(__file__).parent.parent / "assets" / name
+
+
+def save_asset(path: str | os.PathLike[str], params: Params, metadata: Mapping[str, Any]) -> None:
+    """Writes `params` (a nested dict of arrays) as float16, and `metadata` (JSON values), all or nothing.
+
+    Raises:
+      UserError: the folder is missing or may not be written to.
+    """
+    path = Path(path)
+    flat = {key: np.asarray(value, np.float16) for key, value in flatten_dict(params, sep="/").items()}
+    header = {key: json.dumps(value) for key, value in metadata.items()}
+    try:
+        # In the same folder, so that the rename cannot leave half a file.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            unfinished.write_bytes(save(flat, metadata=header))
+            unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from None
+
+
+def load_asset(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
+    """The float32 parameter tree and the metadata that `save_asset` wrote.
+
+    Raises:
+      UserError: the file is missing or damaged; names it and says what to do.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            header = file.metadata() or {}
+            flat = {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = {key: json.loads(value) for key, value in header.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {_REMEDY}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable asset ({error}); {_REMEDY}") from None
+    return unflatten_dict(flat, sep="/"), metadata
+
+
+_REMEDY = "reinstall egrpo_jax, or make it with python -m egrpo_jax.pretrain"
+
+
+def _load(name: str, folder: str | os.PathLike[str] | None) -> tuple[Params, dict[str, Any]]:
+    return load_asset(asset_path(name) if folder is None else Path(folder) / name)
+
+
+def load_text_encoder(folder: str | os.PathLike[str] | None = None) -> tuple[TextEncoder, Params]:
+    """The embedded text encoder and its parameters, from `folder` or the package's assets."""
+    params, metadata = _load("text_encoder.safetensors", folder)
+    return TextEncoder(TextEncoderConfig(**metadata["config"])), params
+
+
+def load_tower(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[Tower, Params]:
+    """An embedded tower, `reward`, `judge` or `weak`, and its parameters."""
+    params, metadata = _load(f"{name}.safetensors", folder)
+    return Tower(TowerConfig(**metadata["config"])), params
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowAsset:
+    """The embedded flow model: `params` of `Flux(config)` over `grid` patches of `patch` pixels."""
+
+    config: FluxConfig
+    params: Params
+    patch: int
+    grid: tuple[int, int]
+
+
+def load_flow(path: str | os.PathLike[str] | None = None) -> FlowAsset:
+    """The embedded flow model, or the one that `pretrain` wrote to `path`."""
+    params, metadata = load_asset(asset_path("flow.safetensors") if path is None else path)
+    config = dict(metadata["config"], axes_dims=tuple(metadata["config"]["axes_dims"]))
+    return FlowAsset(FluxConfig(**config), params, metadata["patch"], tuple(metadata["grid"]))
