@@ -1,0 +1,41 @@
+"""E-GRPO on the embedded text-to-emoji flow model, the whole method on a laptop.
+
+    python -m egrpo_jax.train --config configs/emoji.py          # trains on the robust reward tower
+    python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on the weak tower: reward hacking, on purpose
+
+Hardware: 2 CPU cores are enough, and then a run takes 4 to 6 minutes. What to expect: docs/results/emoji.md.
+"""
+
+import dataclasses
+
+from egrpo_jax.rl.optimizer import OptimConfig
+from egrpo_jax.rl.plan import PlanConfig
+from egrpo_jax.rl.update import UpdateConfig
+from egrpo_jax.train_config import RewardsConfig, TrainConfig, train_config
+
+JUDGES = ("emoji_judge", "emoji_judge_r1", "emoji_judge_r10")
+
+EMOJI = TrainConfig(
+    name="emoji",
+    num_iterations=50,
+    prompts="emoji_train",
+    prompts_per_iteration=16,
+    rewards=RewardsConfig(train=("emoji",), heldout=JUDGES),
+    plan=PlanConfig(num_steps=8, group_size=8),
+    update=UpdateConfig(schedule="per_active_step"),
+    optim=OptimConfig(learning_rate=1e-4, b2=0.99),
+)
+
+VARIANTS = {
+    "": EMOJI,
+    "hack": dataclasses.replace(
+        EMOJI, name="emoji_hack", rewards=RewardsConfig(train=("emoji_weak",), heldout=("emoji", *JUDGES))
+    ),
+}
+
+
+def get_config(variant: str = ""):
+    """The config of a variant: "" or "hack"."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/emoji.py has the variants {sorted(VARIANTS)}, found {variant!r}")
+    return train_config(VARIANTS[variant])

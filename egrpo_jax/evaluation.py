@@ -1,0 +1,126 @@
+"""Sampling fixed prompts with fixed noise, scoring the images, and noticing when rewards part ways."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.checkpoint import atomic_write
+from egrpo_jax.errors import UserError
+from egrpo_jax.flow.schedule import Times
+from egrpo_jax.flow.solver import solve
+from egrpo_jax.images import to_uint8
+from egrpo_jax.metrics import paired_interval
+from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
+from egrpo_jax.pipeline import Pipeline
+from egrpo_jax.rewards import Reward
+from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
+
+
+class Sampler:
+    """Prompts to images by the deterministic flow; runs under the mesh that is set."""
+
+    def __init__(self, pipeline: Pipeline, times: Times, batch: int):
+        """`batch` prompts at once, rounded up to a multiple of the mesh's axis `data`."""
+        devices = jax.sharding.get_abstract_mesh().shape[DATA]
+        self._pipeline, self._batch = pipeline, math.ceil(batch / devices) * devices
+
+        def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
+            noise = anchor_noise(keys, pipeline.latents_shape)
+            latents = solve(pipeline.velocity, params, noise, jnp.array(times, jnp.float32), conditioning)
+            return pipeline.decode(latents)
+
+        self._sample = spread(sample, (REPLICATED, over_data(), over_data()), over_data())
+
+    def __call__(self, params: Any, prompts: Sequence[str], key: jax.Array) -> np.ndarray:
+        """Images `[P, H, W, 3]` in [0, 1]. A prompt's noise depends on `key` and its place alone."""
+        parts = []
+        for start in range(0, len(prompts), self._batch):
+            part = list(prompts[start : start + self._batch])
+            # One shape for all batches: the last one is filled up, and cut off again.
+            filled = part + part[-1:] * (self._batch - len(part))
+            keys = prompt_keys(key, start, self._batch)
+            images = self._sample(params, keys, self._pipeline.encode(filled))
+            parts.append(np.asarray(images)[: len(part)])
+        return np.concatenate(parts)
+
+
+class Evaluation(NamedTuple):
+    """One evaluation: its iteration, each reward's scores `[P]`, and the first images, uint8 `[S, H, W, 3]`."""
+
+    iteration: int
+    scores: dict[str, np.ndarray]
+    images: np.ndarray
+
+
+def score(rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Every reward's scores `[P]` of the images."""
+    return {name: np.asarray(reward(images, prompts), np.float64) for name, reward in rewards.items()}
+
+
+def save_evaluation(workdir: Path, evaluation: Evaluation) -> None:
+    """Writes `eval/<iteration>.npz`, from which a resumed run goes on comparing."""
+    buffer = io.BytesIO()
+    arrays = {f"score:{name}": values for name, values in evaluation.scores.items()}
+    np.savez_compressed(buffer, images=evaluation.images, **arrays)  # type: ignore[arg-type]
+    atomic_write(workdir / "eval" / f"{evaluation.iteration:06d}.npz", buffer.getvalue())
+
+
+def load_evaluations(workdir: Path, last: int) -> list[Evaluation]:
+    """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen."""
+    evaluations = []
+    for path in sorted((workdir / "eval").glob("[0-9]*.npz")):
+        if int(path.stem) > last:
+            continue
+        try:
+            with np.load(path) as arrays:
+                scores = {key.removeprefix("score:"): arrays[key] for key in arrays.files if key != "images"}
+                evaluations.append(Evaluation(int(path.stem), scores, arrays["images"]))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"cannot read {path}: {error}; restore it or start over in another workdir") from error
+    return evaluations
+
+
+def make_evaluation(
+    iteration: int, rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str], shown: int
+) -> Evaluation:
+    """Scores `images` and keeps the first `shown` of them."""
+    return Evaluation(iteration, score(rewards, images, prompts), to_uint8(images[:shown]))
+
+
+def evaluation_metrics(first: Evaluation, now: Evaluation) -> dict[str, float]:
+    """Means, and the mean paired changes since `first` with the half-width of their 95 % intervals."""
+    metrics = {}
+    for name, scores in now.scores.items():
+        change, half_width = paired_interval(first.scores[name], scores)
+        metrics[f"eval/{name}/mean"] = float(scores.mean())
+        metrics[f"eval/{name}/change"] = change
+        metrics[f"eval/{name}/change_ci95"] = half_width
+    return metrics
+
+
+def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldout: Iterable[str]) -> list[str]:
+    """Signs of reward hacking, a line each: held-out scores that have fallen from their best while a trained one rose.
+
+    Both changes are taken since the evaluation at which the held-out score was best, over the same prompts and noise,
+    and both must leave their 95 % intervals.
+    """
+    now, warnings = history[-1], []
+    for judge in heldout:
+        best = max(history, key=lambda evaluation: evaluation.scores[judge].mean())
+        fall, fall_width = paired_interval(best.scores[judge], now.scores[judge])
+        for name in trained:
+            rise, rise_width = paired_interval(best.scores[name], now.scores[name])
+            if fall < -fall_width and rise > rise_width:
+                warnings.append(
+                    f"reward hacking? since iteration {best.iteration} the trained {name} rose by {rise:.4f} while the "
+                    f"held-out {judge} fell by {-fall:.4f}"
+                )
+    return warnings

@@ -1,0 +1,70 @@
+"""What changes during a run, and how it is kept in checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import optax
+
+from egrpo_jax.checkpoint import Checkpoints
+from egrpo_jax.errors import UserError
+from egrpo_jax.rl.optimizer import make_optimizer
+from egrpo_jax.rl.update import TrainState, init_state
+from egrpo_jax.train_config import TrainConfig
+
+
+class Progress(NamedTuple):
+    """Where a run is: `iteration` iterations completed, `position` prompts used, and the key of all its noise."""
+
+    state: TrainState
+    key: chex.PRNGKey
+    iteration: int
+    position: int
+
+
+def first_progress(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> Progress:
+    """Where a run starts."""
+    return Progress(init_state(params, optimizer, config.update), jax.random.key(config.seed), iteration=0, position=0)
+
+
+def policy_params(state: TrainState) -> Any:
+    """The parameters to judge a run by: their moving average where one is kept."""
+    return state.params if state.ema is None else state.ema
+
+
+def save(checkpoints: Checkpoints, progress: Progress) -> None:
+    """Starts writing a checkpoint."""
+    tree = {"state": progress.state, "key": jax.random.key_data(progress.key)}
+    checkpoints.save(progress.iteration, tree, {"position": progress.position})
+
+
+def restore(checkpoints: Checkpoints, start: Progress) -> Progress:
+    """The newest checkpoint's progress, or `start` if there is none."""
+    template = {"state": start.state, "key": jax.random.key_data(start.key)}
+    restored = checkpoints.restore_latest(template)
+    if restored is None:
+        return start
+    iteration, tree, meta = restored
+    return Progress(tree["state"], jax.random.wrap_key_data(tree["key"]), iteration, meta["position"])
+
+
+def restore_params(workdir: Path, params: Any, config: TrainConfig) -> tuple[Any, int]:
+    """The policy of the run in `workdir` and its iteration; `params` are any parameters of the same model.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another model or config.
+    """
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"found no checkpoints in {workdir}, expected the workdir of a training run")
+    checkpoints = Checkpoints(directory, keep=config.checkpoint.keep)
+    try:
+        progress = restore(checkpoints, first_progress(params, make_optimizer(config.optim), config))
+    finally:
+        checkpoints.close()
+    if not progress.iteration:
+        raise UserError(f"found no checkpoint in {directory}; the run has not saved one yet")
+    return policy_params(progress.state), progress.iteration

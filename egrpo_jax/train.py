@@ -1,0 +1,318 @@
+"""Trains a flow model by E-GRPO: `python -m egrpo_jax.train --config configs/emoji.py`.
+
+Resumes by itself from its workdir. There: `config.json`, `metrics.jsonl`, `tb/` (TensorBoard), `eval/` (scores and
+picture grids), `checkpoints/`, and at the end `reward_curve.png`, `entropy.png`, `before_after.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import optax
+import tqdm
+from absl import flags
+
+from egrpo_jax import cli, images, plots
+from egrpo_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
+from egrpo_jax.config import ConfigError, from_config_dict, to_config_dict
+from egrpo_jax.data.prompts import prompts_at, read_prompts
+from egrpo_jax.evaluation import (
+    Evaluation,
+    Sampler,
+    evaluation_metrics,
+    load_evaluations,
+    make_evaluation,
+    parted_rewards,
+    save_evaluation,
+)
+from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, read_metrics
+from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, put, spread
+from egrpo_jax.pipeline import Pipeline, load_pipeline
+from egrpo_jax.progress import Progress, first_progress, policy_params, restore, save
+from egrpo_jax.rewards import Reward, load_reward
+from egrpo_jax.rl.advantage import credit, zero_spread_share
+from egrpo_jax.rl.optimizer import last_learning_rate, make_optimizer, skipped_updates
+from egrpo_jax.rl.plan import Plan, describe, make_plan
+from egrpo_jax.rl.rollout import Rollout, prompt_keys, roll_out
+from egrpo_jax.rl.update import TrainState, UpdateStats, update
+from egrpo_jax.train_config import TrainConfig
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; by default runs/<config.name>.")
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on with a workdir that was made with another config."
+)
+
+EVALUATION_SEED = 2**31 - 1
+"""Folded into the seed for the fixed noise of evaluations; no iteration has this number."""
+
+
+class NotFiniteError(RuntimeError):
+    """Too many updates in a row were skipped because loss or gradient was not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that stays the same during a run."""
+
+    config: TrainConfig
+    plan: Plan
+    pipeline: Pipeline
+    rewards: dict[str, Reward]
+    prompts: list[str]
+    evaluation_prompts: list[str]
+    optimizer: optax.GradientTransformation
+
+
+class Steps(NamedTuple):
+    """The compiled phases of an iteration."""
+
+    rollout: Callable[[Any, Any, chex.Array], Rollout]
+    decode: Callable[[chex.Array], chex.Array]
+    update: Callable[..., tuple[TrainState, UpdateStats]]
+
+
+def make_job(config: TrainConfig) -> Job:
+    """Loads what `config` names; whatever is wrong with it comes out here, before anything is compiled."""
+    plan = make_plan(config.plan)
+    prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
+    rewards = {name: load_reward(name) for name in config.rewards.train + config.rewards.heldout}
+    pipeline = load_pipeline(config.model)
+    return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, make_optimizer(config.optim))
+
+
+def make_steps(job: Job) -> Steps:
+    """Compiles the phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
+    devices = jax.sharding.get_abstract_mesh().shape[DATA]
+    if job.config.prompts_per_iteration % devices:
+        expected = f"a multiple of the {devices} devices on the mesh axis {DATA}"
+        raise ConfigError("prompts_per_iteration", job.config.prompts_per_iteration, expected)
+    pipeline = job.pipeline
+    per_step = over_data(axis=1)
+    rollout = spread(
+        lambda params, conditioning, keys: roll_out(
+            pipeline.velocity, params, job.plan, conditioning, keys, pipeline.latents_shape
+        ),
+        (REPLICATED, over_data(), over_data()),
+        Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays,
+    )
+    step = spread(
+        functools.partial(update, pipeline.velocity, job.optimizer, job.config.update, axis_name=DATA),
+        (REPLICATED, per_step, per_step, over_data()),
+        (REPLICATED, REPLICATED),
+        donate=(0,),
+    )
+    return Steps(rollout, jax.jit(pipeline.decode), step)
+
+
+def run_iteration(job: Job, steps: Steps, progress: Progress, timer: PhaseTimer) -> tuple[Progress, dict[str, float]]:
+    """One iteration of E-GRPO: rollout, images, rewards, advantages, update."""
+    config, iteration = job.config, progress.iteration
+    count = config.prompts_per_iteration
+    prompts = prompts_at(job.prompts, config.seed, progress.position, count)
+    conditioning = job.pipeline.encode(prompts)
+    keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
+
+    with timer.phase("rollout"):
+        transitions, latents = jax.block_until_ready(steps.rollout(progress.state.params, conditioning, keys))
+    with timer.phase("decode"):
+        pictures = jax.block_until_ready(steps.decode(latents.reshape(-1, *latents.shape[-2:])))
+    with timer.phase("reward"):
+        shape = latents.shape[:-2]  # [P, E, R, G]
+        repeated = [prompt for prompt in prompts for _ in range(job.plan.decodes)]
+        scores = {name: job.rewards[name](pictures, repeated).reshape(shape) for name in config.rewards.train}
+        weights = dict(zip(config.rewards.train, config.rewards.weights, strict=True))
+        advantage = jax.block_until_ready(credit(scores, weights))
+    with timer.phase("update"):
+        state, stats = jax.block_until_ready(steps.update(progress.state, transitions, advantage, conditioning))
+
+    metrics = reward_metrics(job.plan, scores) | update_metrics(config, advantage, stats, state)
+    return Progress(state, progress.key, iteration + 1, progress.position + count), metrics
+
+
+def reward_metrics(plan: Plan, scores: dict[str, chex.Array]) -> dict[str, float]:
+    """Of each reward `[P, E, R, G]`: mean, std, the mean std within a group by active step, groups without spread."""
+    metrics: dict[str, Any] = {}
+    for name, values in scores.items():
+        within = values.std(-1, ddof=1).mean((0, 2))
+        metrics[f"reward/{name}/mean"] = values.mean()
+        metrics[f"reward/{name}/std"] = values.std()
+        metrics[f"reward/{name}/zero_std_groups"] = zero_spread_share(values)
+        for branch, std in zip(plan.branches, within, strict=True):
+            metrics[f"reward/{name}/std_step_{branch.step}"] = std
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def update_metrics(
+    config: TrainConfig, advantage: chex.Array, stats: UpdateStats, state: TrainState
+) -> dict[str, float]:
+    """Of the iteration's updates: means over them, the largest deviation of a ratio from 1, counters."""
+    skipped_in_a_row, skipped = skipped_updates(state.opt_state)
+    updates_per_iteration = stats.grad_norm.shape[0]
+    metrics = {
+        "loss": stats.loss.loss.mean(),
+        "ratio/mean": stats.loss.ratio.mean(),
+        "ratio/max_deviation": stats.loss.ratio_deviation.max(),
+        "ratio/on_policy_deviation": stats.loss.ratio_deviation[0],
+        "clip/high": stats.loss.clip_high.mean(),
+        "clip/low": stats.loss.clip_low.mean(),
+        "kl": stats.loss.kl.mean(),
+        "advantage/std": advantage.std(),
+        "advantage/max": abs(advantage).max(),
+        "grad_norm": stats.grad_norm.mean(),
+        "update_norm": stats.update_norm.mean(),
+        "skipped_updates": skipped,
+        "skipped_in_a_row": skipped_in_a_row,
+        "learning_rate": last_learning_rate(config.optim, state.opt_state),
+        "updates": updates_per_iteration,
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def evaluate(
+    job: Job, sampler: Sampler, progress: Progress, history: list[Evaluation], workdir: Path
+) -> dict[str, float]:
+    """Evaluates the parameters (their average where one is kept), adds to `history`, writes scores and grid."""
+    prompts, shown = job.evaluation_prompts, job.config.evaluation.shown
+    key = jax.random.fold_in(jax.random.key(job.config.seed), EVALUATION_SEED)
+    pictures = sampler(policy_params(progress.state), prompts, key)
+    history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, shown))
+    save_evaluation(workdir, history[-1])
+    sheet = images.grid(pictures[:shown], columns=math.ceil(math.sqrt(shown)), captions=prompts[:shown])
+    images.save_png(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
+    for line in parted_rewards(history, job.config.rewards.train, job.config.rewards.heldout):
+        tqdm.tqdm.write(f"warning: iteration {progress.iteration}: {line}", file=sys.stderr)
+    return evaluation_metrics(history[0], history[-1])
+
+
+def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False) -> int | None:
+    """Runs or resumes training in `workdir`; returns the signal that ended it early, or None at its end."""
+    job = make_job(config)
+    claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
+    # A restarted run compiles nothing anew.
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+    print(describe(job.plan), flush=True)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), PreemptionGuard() as guard:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        start = first_progress(job.pipeline.params, job.optimizer, config)
+        start = start._replace(state=put(mesh, start.state, REPLICATED))
+        progress = restore(checkpoints, start)
+        for damaged in checkpoints.damaged:
+            print(f"warning: a damaged checkpoint was moved to {damaged}", file=sys.stderr)
+        try:
+            loop(job, progress, checkpoints, workdir, guard)
+        finally:
+            checkpoints.close()
+        return guard.requested
+
+
+def loop(job: Job, progress: Progress, checkpoints: Checkpoints, workdir: Path, guard: PreemptionGuard) -> None:
+    """Iterates until the end or a signal, then saves."""
+    config = job.config
+    if progress.iteration:
+        print(f"resuming from iteration {progress.iteration}", flush=True)
+    steps = make_steps(job)
+    sampler = Sampler(job.pipeline, job.plan.times, config.evaluation.batch)
+    history = load_evaluations(workdir, progress.iteration) if progress.iteration else []
+    writer = MetricsWriter(workdir, progress.iteration or None, wandb=config.wandb)
+    bar = tqdm.tqdm(total=config.num_iterations, initial=progress.iteration, desc=config.name, unit="it")
+    if not history:
+        writer.write(0, evaluate(job, sampler, progress, history, workdir))
+    while progress.iteration < config.num_iterations and guard.requested is None:
+        timer = PhaseTimer()
+        with timer.phase("iteration"):
+            progress, metrics = run_iteration(job, steps, progress, timer)
+        last = progress.iteration == config.num_iterations
+        if last or progress.iteration % config.evaluation.every == 0:
+            with timer.phase("evaluation"):
+                metrics |= evaluate(job, sampler, progress, history, workdir)
+        writer.write(progress.iteration, metrics | speed_metrics(job, timer))
+        show(bar, config, metrics)
+        if metrics["skipped_in_a_row"] >= config.optim.max_skipped:
+            raise NotFiniteError(
+                f"iteration {progress.iteration}: {metrics['skipped_in_a_row']:.0f} updates in a row had a loss or "
+                f"gradient that is not finite; the last good checkpoint is in {workdir / 'checkpoints'}"
+            )
+        if last or progress.iteration % config.checkpoint.every == 0:
+            save(checkpoints, progress)
+    bar.close()
+    writer.close()
+    save(checkpoints, progress)
+    if guard.requested is None:
+        report(job, history, workdir)
+
+
+def speed_metrics(job: Job, timer: PhaseTimer) -> dict[str, float]:
+    """Seconds by phase, images a second, and peak device memory where the backend tells."""
+    seconds = timer.take()
+    produced = job.config.prompts_per_iteration * job.plan.decodes
+    memory = peak_device_memory()
+    speed = {"images_per_second": produced / seconds["seconds/iteration"]}
+    return seconds | speed | ({} if memory is None else {"peak_device_memory": memory})
+
+
+def show(bar: tqdm.tqdm, config: TrainConfig, metrics: dict[str, float]) -> None:
+    """Moves the progress bar."""
+    shown = {name: f"{metrics[f'reward/{name}/mean']:.4f}" for name in config.rewards.train}
+    shown["|r-1|"] = f"{metrics['ratio/max_deviation']:.1e}"
+    shown["clip"] = f"{metrics['clip/high'] + metrics['clip/low']:.0%}"
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
+    """The run's last words: a table of what changed on the evaluation prompts, and the pictures."""
+    config, first, last = job.config, history[0], history[-1]
+    metrics = evaluation_metrics(first, last)
+    print(f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, paired change with its 95 % interval:")
+    for name in job.rewards:
+        change, width = metrics[f"eval/{name}/change"], metrics[f"eval/{name}/change_ci95"]
+        role = "trained" if name in config.rewards.train else "held out"
+        print(
+            f"  {name:18s} {role:9s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
+            f"   {change:+.4f} ± {width:.4f}"
+        )
+    plots.reward_curve(
+        read_metrics(workdir / "metrics.jsonl"),
+        config.rewards.train,
+        config.rewards.heldout,
+        workdir / "reward_curve.png",
+    )
+    plots.entropy_plot(
+        job.plan.times,
+        config.plan.noise_level,
+        [branch.step for branch in job.plan.branches],
+        [branch.merge for branch in job.plan.branches],
+        config.plan.entropy_threshold,
+        workdir / "entropy.png",
+    )
+    captions = job.evaluation_prompts[: config.evaluation.shown]
+    pair = images.before_after(np.float32(first.images) / 255, np.float32(last.images) / 255, captions)
+    images.save_png(pair, workdir / "before_after.png")
+    print(f"pictures: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
+
+
+def main() -> None:
+    config = from_config_dict(TrainConfig, cli.CONFIG.value)
+    workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    try:
+        signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if signal_number is not None:
+        print(f"saved in {workdir}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,247 @@
+"""The training program on the toy flow: its record, its resumption after every kind of end, its refusals."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from egrpo_jax import train as program
+from egrpo_jax.config import from_config_dict
+from egrpo_jax.errors import UserError
+from egrpo_jax.metrics import read_metrics
+from egrpo_jax.train_config import TrainConfig
+from tests import programs, toy
+
+ITERATIONS = 12
+TIMED = ("seconds/", "images_per_second")
+
+
+def config(variant="", **changes):
+    config = toy.get_config(variant)
+    config.update_from_flattened_dict(changes)
+    return from_config_dict(TrainConfig, config)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a run of tests/toy.py:slow that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    done = programs.run("train", "--config", "tests/toy.py:slow", "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def final_state(workdir):
+    """{path: array} of the last checkpoint: parameters, optimizer state, average, key."""
+    state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(ITERATIONS) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def untimed_metrics(workdir):
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
+
+
+def assert_same_end(workdir, reference):
+    state, expected = final_state(workdir), final_state(reference)
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+    assert untimed_metrics(workdir) == untimed_metrics(reference)
+
+
+def test_what_a_run_leaves(finished):
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == list(range(ITERATIONS + 1))
+    expected = {
+        *("loss", "ratio/mean", "ratio/max_deviation", "ratio/on_policy_deviation", "clip/high", "clip/low", "kl"),
+        *("advantage/std", "advantage/max", "grad_norm", "update_norm", "learning_rate", "skipped_updates"),
+        *("seconds/rollout", "seconds/decode", "seconds/reward", "seconds/update", "images_per_second"),
+        *(f"reward/tests.toy:slow_brightness/{what}" for what in ("mean", "std", "std_step_0", "std_step_1")),
+    }
+    assert all(expected <= line.keys() for line in lines[1:])
+    assert all(line["ratio/on_policy_deviation"] <= 1e-6 for line in lines[1:])
+    evaluated = [line["iteration"] for line in lines if "eval/tests.toy:brightness/mean" in line]
+    assert evaluated == [0, 4, 8, 12]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "9"]
+    assert list((finished / "tb").glob("events.*"))
+    for name in ("reward_curve.png", "entropy.png", "before_after.png", "eval/000000.png", "eval/000012.png"):
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 100
+
+
+def test_the_reward_rises(finished):
+    first, *_, last = read_metrics(finished / "metrics.jsonl")
+    name = "eval/tests.toy:slow_brightness"
+    assert last[f"{name}/change"] > last[f"{name}/change_ci95"] > 0
+    assert last[f"{name}/mean"] > first[f"{name}/mean"]
+
+
+def test_a_finished_run_reports_again_and_changes_nothing(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text(), final_state(finished)
+    assert program.train(config("slow"), finished) is None
+    assert "evaluation prompts" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before[0]
+    np.testing.assert_equal(final_state(finished), before[1])
+
+
+def wait_for(condition, process):
+    """True once `condition` holds, False if the process ends first."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+    return True
+
+
+def lines_written(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def a_save_is_running(workdir):
+    return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def run_and_kill(workdir, condition):
+    process = programs.start("train", "--config", "tests/toy.py:slow", "--workdir", workdir)
+    killed = wait_for(condition, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return killed
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(finished, tmp_path):
+    moments = random.Random(0)
+    delay, line = moments.uniform(0.5, 4.0), moments.randint(3, ITERATIONS - 1)
+    begin = time.monotonic()
+    run_and_kill(tmp_path, lambda: time.monotonic() > begin + delay)
+    assert run_and_kill(tmp_path, lambda: lines_written(tmp_path) >= 3)
+    assert run_and_kill(tmp_path, lambda: a_save_is_running(tmp_path))
+    assert run_and_kill(tmp_path, lambda: lines_written(tmp_path) > line)
+    assert run_and_kill(tmp_path, lambda: lines_written(tmp_path) > 9 and a_save_is_running(tmp_path))
+    done = programs.run("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path):
+    process = programs.start("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
+    assert wait_for(lambda: lines_written(tmp_path) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == lines_written(tmp_path) - 1 < ITERATIONS
+    done = programs.run("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
+    assert f"resuming from iteration {saved}" in done.stdout
+    assert_same_end(tmp_path, finished)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for path in (workdir / "checkpoints" / str(ITERATIONS) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert program.train(config("slow"), workdir) is None
+    output = capsys.readouterr()
+    assert "resuming from iteration 9" in output.out
+    assert "a damaged checkpoint was moved to" in output.err
+    assert_same_end(workdir, finished)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path):
+    changes = {"checkpoint.every": 1, "optim.max_skipped": 4, "evaluation.every": 100}
+    # Five evaluation and training calls are good: the evaluation before the first iteration, then four iterations.
+    toy.breaks_after_five.calls = 5
+    with pytest.raises(program.NotFiniteError, match=r"4 updates in a row .* not finite"):
+        program.train(config("breaks", **changes), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("skipped_updates") for line in lines[1:]] == [0, 0, 0, 0, 2, 4]
+    newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert newest == 5
+    state = ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / str(newest) / "state")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["state"]["params"]))
+    # Mended, the run goes on.
+    toy.breaks_after_five.calls = 100
+    assert program.train(config("breaks", **changes), tmp_path) is None
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_updates"] == 2
+
+
+def test_another_config_is_refused_unless_told(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    changed = config("slow", **{"optim.learning_rate": 1e-5})
+    with pytest.raises(UserError, match=r"optim\.learning_rate was 0\.003, now 1e-05.*--allow_config_change"):
+        program.train(changed, workdir)
+    assert program.train(changed, workdir, allow_config_change=True) is None
+    assert json.loads((workdir / "config.json").read_text())["optim"]["learning_rate"] == 1e-5
+
+
+def test_prompts_must_divide_over_the_devices_and_rewards_must_return_one_score_each(tmp_path):
+    with pytest.raises(UserError, match=r"config\.rewards\.train"):
+        config(**{"rewards.train": (), "rewards.weights": ()})
+    with pytest.raises(UserError, match=r"'tests\.toy:nothing'"):
+        program.train(config(**{"rewards.train": ("tests.toy:nothing",)}), tmp_path)
+    with pytest.raises(UserError, match=r"config\.update\.micro_batch: found 3"):
+        program.train(config(**{"update.micro_batch": 3}), tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Things to name in bad commands."""
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\x89PNG\x00")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.py").write_text("def get_config():\n    raise RuntimeError('broken')\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"seed": 1}')
+    return tmp_path
+
+
+BAD_INPUT = {
+    "unknown key": (["--config.plan.nose_level=1"], "config.plan.nose_level: found 1, expected one of the keys"),
+    "wrong type": (["--config.plan.num_steps=many"], "num_steps"),
+    "threshold with a list": (
+        ["--config.plan.merges=(1, 1, 1, 1)"],
+        "config.plan.merges: found (1, 1, 1, 1), expected",
+    ),
+    "active step": (["--config.plan.active_steps=(0, 8)"], "config.plan.active_steps: found 8, expected a grid step"),
+    "group of one": (["--config.plan.group_size=1"], "config.plan.group_size: found 1, expected at least 2"),
+    "empty prompts": (["--config.prompts={}/empty.txt"], "empty.txt: found no prompt"),
+    "binary prompts": (["--config.prompts={}/binary.txt"], "binary.txt: byte 0 is not UTF-8"),
+    "unwritable workdir": (["--workdir={}/file/run"], "cannot write {}/file/run/config.json: Not a directory"),
+    "another config": (["--workdir={}/other"], "{}/other was made with another config"),
+    "missing asset": (["--config.model.path={}/flow.safetensors"], "{}/flow.safetensors is missing"),
+    "unknown reward": (["--config.rewards.train=('beauty',)"], "unknown reward 'beauty'; use one of emoji,"),
+    "unknown variant": (["--config=configs/emoji.py:harder"], "'harder'"),
+    "broken config file": (["--config={}/config.py"], "broken"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(files, case):
+    arguments, message = BAD_INPUT[case]
+    workdir = files / "run"
+    arguments = [argument.replace("{}", str(files)) for argument in arguments]
+    done = programs.run("train", "--config=configs/emoji.py", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message.replace("{}", str(files)) in line
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_a_merge_past_the_end():
+    changes = {"plan.entropy_threshold": None, "plan.active_steps": (0, 2), "plan.merges": (1, 3)}
+    with pytest.raises(UserError, match=r"config\.plan\.merges: found 3, expected 1 to 2 at step 2: the grid ends"):
+        config(**changes)
