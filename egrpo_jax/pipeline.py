@@ -11,7 +11,7 @@ import chex
 import jax
 
 from egrpo_jax.config import ConfigError
-from egrpo_jax.data.emoji_text import flow_conditioning
+from egrpo_jax.data.emoji_text import encode_prompts
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.models.flux import Flux
 from egrpo_jax.models.patches import latents_to_pixels
@@ -81,7 +81,7 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
     return Pipeline(
         velocity=velocity,
         params=jax.tree.map(jax.numpy.asarray, flow.params),
-        encode=flow_conditioning,
+        encode=encode_prompts,
         decode=lambda latents: latents_to_pixels(latents, flow.grid, flow.patch),
         latents_shape=(flow.grid[0] * flow.grid[1], flow.config.in_channels),
     )

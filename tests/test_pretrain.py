@@ -11,6 +11,7 @@ import pytest
 
 from egrpo_jax.config import ConfigError
 from egrpo_jax.data.tokenizer import load_tokenizer
+from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining import corruption, flow, text, towers
 from egrpo_jax.pretraining.loop import Optim, fit, last
@@ -119,6 +120,20 @@ def test_flow_matching_loss_of_known_velocities():
 
     exact = flow.flow_matching_loss(exact_fn, 0, data, features, jax.random.key(0), 2.0)
     np.testing.assert_allclose(exact, 0, atol=1e-6)
+
+
+def test_an_absorbed_scale_leaves_the_velocity_as_it_was():
+    sizes = {"num_heads": 1, "head_dim": 8, "axes_dims": (4, 2, 2), "text_dim": 3, "pooled_dim": 5}
+    config = FluxConfig(4, 1, 1, guidance_embed=False, **sizes)
+    shapes = [(2, 4, 4), (2, 2, 3), (2, 5)]
+    latents, text, pooled = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
+    velocity = lambda params, pooled: Flux(config).apply(params, latents, jnp.ones(2), text, pooled, grid=(2, 2))
+    params = Flux(config).init(jax.random.key(3), latents, jnp.ones(2), text, pooled, grid=(2, 2))
+    # The last layers start at zero; anything else shows the pooled vector's effect.
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    absorbed = {"params": flow.absorb_scale(params["params"], 7.0)}
+    np.testing.assert_allclose(velocity(absorbed, pooled), velocity(params, 7.0 * pooled), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(velocity(params, pooled), velocity(params, 7.0 * pooled), rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -31,12 +31,3 @@ def encode_prompts(prompts: Sequence[str]) -> TextFeatures:
     size = 1 << max(len(ids) - 1, 7).bit_length()
     features = encode(params, np.pad(ids, ((0, size - len(ids)), (0, 0))))
     return TextFeatures(*(np.asarray(array)[: len(ids)] for array in features))
-
-
-def flow_conditioning(prompts: Sequence[str]) -> TextFeatures:
-    """`encode_prompts` for the flow model: the pooled vectors have components of variance 1 instead of length 1.
-
-    At length 1 they are faint beside the embedding of the time, and the flow takes twice as long to learn from them.
-    """
-    features = encode_prompts(prompts)
-    return features._replace(pooled=features.pooled * np.float32(features.pooled.shape[-1] ** 0.5))
