@@ -1,0 +1,38 @@
+"""A Markdown table of several finished runs of one config: `python benchmarks/summarise_runs.py runs/emoji_*`.
+
+For every reward: its mean on the evaluation prompts before and after each run, the paired change with its 95 % interval
+over prompts, and, last, the mean change over the runs with its 95 % interval over them (Student's t).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from egrpo_jax.metrics import paired_interval, read_metrics
+
+
+def main(workdirs: list[str]) -> None:
+    """Prints the table."""
+    runs = [read_metrics(Path(workdir) / "metrics.jsonl") for workdir in workdirs]
+    rewards = [name.split("/")[1] for name in runs[0][-1] if name.startswith("eval/") and name.endswith("/change")]
+    print("| run | iterations | " + " | ".join(rewards) + " |")
+    print("|---" * (len(rewards) + 2) + "|")
+    changes = {reward: [] for reward in rewards}
+    for workdir, lines in zip(workdirs, runs, strict=True):
+        first, last = lines[0], lines[-1]
+        cells = []
+        for reward in rewards:
+            before, after = first[f"eval/{reward}/mean"], last[f"eval/{reward}/mean"]
+            change, width = last[f"eval/{reward}/change"], last[f"eval/{reward}/change_ci95"]
+            changes[reward].append(change)
+            cells.append(f"{before:.3f} → {after:.3f} ({change:+.3f} ± {width:.3f})")
+        print(f"| {Path(workdir).name} | {last['iteration']:.0f} | " + " | ".join(cells) + " |")
+    if len(runs) > 1:
+        means = [paired_interval(np.zeros(len(runs)), changes[reward]) for reward in rewards]
+        cells = [f"**{mean:+.3f} ± {width:.3f}**" for mean, width in means]
+        print(f"| mean of {len(runs)} | | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
