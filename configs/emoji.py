@@ -10,7 +10,7 @@ import dataclasses
 
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
-from egrpo_jax.rl.update import UpdateConfig
+from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.train_config import RewardsConfig, TrainConfig, train_config
 
 JUDGES = ("emoji_judge", "emoji_judge_r1", "emoji_judge_r10")
@@ -22,7 +22,7 @@ EMOJI = TrainConfig(
     prompts_per_iteration=16,
     rewards=RewardsConfig(train=("emoji",), heldout=JUDGES),
     plan=PlanConfig(num_steps=8, group_size=8),
-    update=UpdateConfig(schedule="per_active_step"),
+    learner=LearnerConfig(schedule="per_active_step"),
     optim=OptimConfig(learning_rate=1e-4, b2=0.99),
 )
 

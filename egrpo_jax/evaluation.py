@@ -53,7 +53,7 @@ class Sampler:
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: its iteration, each reward's scores `[P]`, and the first images, uint8 `[S, H, W, 3]`."""
+    """One evaluation: its iteration, each reward's scores `[P]`, and the images to show, uint8 `[S, H, W, 3]`."""
 
     iteration: int
     scores: dict[str, np.ndarray]
@@ -88,11 +88,17 @@ def load_evaluations(workdir: Path, last: int) -> list[Evaluation]:
     return evaluations
 
 
+def shown_places(num_prompts: int, shown: int) -> np.ndarray:
+    """Which prompts go on the picture grids: at most `shown`, evenly spread, so that every kind of prompt is seen."""
+    return np.unique(np.linspace(0, num_prompts - 1, min(shown, num_prompts)).round().astype(int))
+
+
 def make_evaluation(
     iteration: int, rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str], shown: int
 ) -> Evaluation:
-    """Scores `images` and keeps the first `shown` of them."""
-    return Evaluation(iteration, score(rewards, images, prompts), to_uint8(images[:shown]))
+    """Scores `images` and keeps those to be shown."""
+    kept = to_uint8(images[shown_places(len(prompts), shown)])
+    return Evaluation(iteration, score(rewards, images, prompts), kept)
 
 
 def evaluation_metrics(first: Evaluation, now: Evaluation) -> dict[str, float]:

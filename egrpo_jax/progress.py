@@ -27,7 +27,7 @@ class Progress(NamedTuple):
 
 def first_progress(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> Progress:
     """Where a run starts."""
-    return Progress(init_state(params, optimizer, config.update), jax.random.key(config.seed), iteration=0, position=0)
+    return Progress(init_state(params, optimizer, config.learner), jax.random.key(config.seed), iteration=0, position=0)
 
 
 def policy_params(state: TrainState) -> Any:

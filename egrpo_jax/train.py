@@ -33,6 +33,7 @@ from egrpo_jax.evaluation import (
     make_evaluation,
     parted_rewards,
     save_evaluation,
+    shown_places,
 )
 from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, read_metrics
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, put, spread
@@ -105,7 +106,7 @@ def make_steps(job: Job) -> Steps:
         Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays,
     )
     step = spread(
-        functools.partial(update, pipeline.velocity, job.optimizer, job.config.update, axis_name=DATA),
+        functools.partial(update, pipeline.velocity, job.optimizer, job.config.learner, axis_name=DATA),
         (REPLICATED, per_step, per_step, over_data()),
         (REPLICATED, REPLICATED),
         donate=(0,),
@@ -181,12 +182,12 @@ def evaluate(
     job: Job, sampler: Sampler, progress: Progress, history: list[Evaluation], workdir: Path
 ) -> dict[str, float]:
     """Evaluates the parameters (their average where one is kept), adds to `history`, writes scores and grid."""
-    prompts, shown = job.evaluation_prompts, job.config.evaluation.shown
     key = jax.random.fold_in(jax.random.key(job.config.seed), EVALUATION_SEED)
+    prompts, shown = job.evaluation_prompts, job.config.evaluation.shown
     pictures = sampler(policy_params(progress.state), prompts, key)
     history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, shown))
     save_evaluation(workdir, history[-1])
-    sheet = images.grid(pictures[:shown], columns=math.ceil(math.sqrt(shown)), captions=prompts[:shown])
+    sheet = images.grid(_floats(history[-1]), math.ceil(math.sqrt(shown)), shown_prompts(job))
     images.save_png(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
     for line in parted_rewards(history, job.config.rewards.train, job.config.rewards.heldout):
         tqdm.tqdm.write(f"warning: iteration {progress.iteration}: {line}", file=sys.stderr)
@@ -251,6 +252,16 @@ def loop(job: Job, progress: Progress, checkpoints: Checkpoints, workdir: Path, 
         report(job, history, workdir)
 
 
+def shown_prompts(job: Job) -> list[str]:
+    """The prompts of the pictures that an `Evaluation` keeps."""
+    places = shown_places(len(job.evaluation_prompts), job.config.evaluation.shown)
+    return [job.evaluation_prompts[place] for place in places]
+
+
+def _floats(evaluation: Evaluation) -> np.ndarray:
+    return evaluation.images.astype(np.float32) / 255
+
+
 def speed_metrics(job: Job, timer: PhaseTimer) -> dict[str, float]:
     """Seconds by phase, images a second, and peak device memory where the backend tells."""
     seconds = timer.take()
@@ -295,8 +306,7 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         config.plan.entropy_threshold,
         workdir / "entropy.png",
     )
-    captions = job.evaluation_prompts[: config.evaluation.shown]
-    pair = images.before_after(np.float32(first.images) / 255, np.float32(last.images) / 255, captions)
+    pair = images.before_after(_floats(first), _floats(last), shown_prompts(job))
     images.save_png(pair, workdir / "before_after.png")
     print(f"pictures: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
 

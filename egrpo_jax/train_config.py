@@ -12,7 +12,7 @@ from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipeline import ModelConfig
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
-from egrpo_jax.rl.update import UpdateConfig
+from egrpo_jax.rl.update import LearnerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EvaluationConfig:
       prompts: a built-in set or a text file.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
-      shown: how many of the first prompts go on the picture grids.
+      shown: how many of the prompts, evenly spread, go on the picture grids.
     """
 
     prompts: str = "emoji_heldout"
@@ -97,7 +97,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

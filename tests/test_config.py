@@ -6,6 +6,7 @@ import pytest
 
 from egrpo_jax.config import ConfigError, from_config_dict, to_config_dict
 from egrpo_jax.errors import UserError
+from egrpo_jax.train_config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +135,16 @@ def test_literals_are_told_apart_by_type():
     for value in (True, 1.0):
         with pytest.raises(ConfigError, match="expected one of 1, 2"):
             from_config_dict(One, {"value": value})
+
+
+def test_no_key_of_training_hides_behind_a_method_of_config_dict():
+    """`config.update.x` would reach the method `update`, and could not be overridden."""
+    methods = set(dir(ml_collections.ConfigDict()))
+
+    def keys(config):
+        for field in dataclasses.fields(config):
+            yield field.name
+            if dataclasses.is_dataclass(value := getattr(config, field.name)):
+                yield from keys(value)
+
+    assert not methods & set(keys(TrainConfig()))

@@ -191,8 +191,8 @@ def test_prompts_must_divide_over_the_devices_and_rewards_must_return_one_score_
         config(**{"rewards.train": (), "rewards.weights": ()})
     with pytest.raises(UserError, match=r"'tests\.toy:nothing'"):
         program.train(config(**{"rewards.train": ("tests.toy:nothing",)}), tmp_path)
-    with pytest.raises(UserError, match=r"config\.update\.micro_batch: found 3"):
-        program.train(config(**{"update.micro_batch": 3}), tmp_path)
+    with pytest.raises(UserError, match=r"config\.learner\.micro_batch: found 3"):
+        program.train(config(**{"learner.micro_batch": 3}), tmp_path)
 
 
 @pytest.fixture

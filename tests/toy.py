@@ -9,7 +9,7 @@ import numpy as np
 from egrpo_jax.pipeline import Pipeline
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
-from egrpo_jax.rl.update import UpdateConfig
+from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.train_config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 SHAPE = (6, 5)
@@ -107,7 +107,7 @@ def get_config(variant=""):
             prompts_per_iteration=8,
             rewards=RewardsConfig(train=(reward,), heldout=("tests.toy:brightness",)),
             plan=PlanConfig(num_steps=4, group_size=4),
-            update=UpdateConfig(schedule="per_active_step", clip_range=1e-2, ema_decay=0.9),
+            learner=LearnerConfig(schedule="per_active_step", clip_range=1e-2, ema_decay=0.9),
             optim=OptimConfig(learning_rate=3e-3),
             evaluation=EvaluationConfig(every=4, batch=16, shown=4),
             checkpoint=CheckpointConfig(every=3),

@@ -19,8 +19,8 @@ from egrpo_jax.rl.rollout import Transitions, group_kernel
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateConfig:
-    """The config section `update`.
+class LearnerConfig:
+    """The config section `learner`.
 
     Attributes:
       schedule: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
@@ -64,7 +64,7 @@ class UpdateStats(NamedTuple):
     update_norm: chex.Array
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, config: UpdateConfig) -> TrainState:
+def init_state(params: Any, optimizer: optax.GradientTransformation, config: LearnerConfig) -> TrainState:
     """The state before the first update."""
     ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), ema)
@@ -76,7 +76,7 @@ def policy_loss(
     transitions: Transitions,
     advantage: chex.Array,
     conditioning: Any,
-    config: UpdateConfig,
+    config: LearnerConfig,
 ) -> tuple[chex.Array, LossStats]:
     """The clipped loss of K states with S samples each, by one forward pass of batch K.
 
@@ -95,7 +95,7 @@ def policy_loss(
 def update(
     velocity_fn: VelocityFn,
     optimizer: optax.GradientTransformation,
-    config: UpdateConfig,
+    config: LearnerConfig,
     state: TrainState,
     transitions: Transitions,
     advantage: chex.Array,
@@ -115,7 +115,7 @@ def update(
     num_active, num_states = advantage.shape[:2]
     micro_batch = config.micro_batch or num_states
     if num_states % micro_batch:
-        raise ConfigError("update.micro_batch", micro_batch, f"a divisor of the {num_states} prompts on each device")
+        raise ConfigError("learner.micro_batch", micro_batch, f"a divisor of the {num_states} prompts on each device")
     num_updates = num_active if config.schedule == "per_active_step" else 1
 
     def split(x: chex.Array) -> chex.Array:

@@ -10,7 +10,7 @@ import pytest
 
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
-from egrpo_jax.rl.update import UpdateConfig, policy_loss
+from egrpo_jax.rl.update import LearnerConfig, policy_loss
 from tests import toy
 
 PARAMS = toy.params()
@@ -49,7 +49,7 @@ def test_counted_model_calls_equal_the_plans_cost(config):
     for step in range(len(plan.branches)):
         transitions = jax.tree.map(lambda x, step=step: x[step], rollout.transitions)
         policy_loss(
-            counting, PARAMS, transitions, jnp.ones_like(transitions.log_prob), toy.conditioning(2), UpdateConfig()
+            counting, PARAMS, transitions, jnp.ones_like(transitions.log_prob), toy.conditioning(2), LearnerConfig()
         )
     jax.effects_barrier()
     assert counting.samples == 2 * plan.training_passes

@@ -15,7 +15,7 @@ from egrpo_jax.rl.loss import clipped_ratio_loss
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer, make_schedule, skipped_updates
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
-from egrpo_jax.rl.update import UpdateConfig, init_state, policy_loss, update
+from egrpo_jax.rl.update import LearnerConfig, init_state, policy_loss, update
 from tests import toy
 
 PARAMS, TEXT = toy.params(), toy.conditioning(4)
@@ -43,7 +43,7 @@ def moved(seed=3):
 @pytest.mark.parametrize("step", range(4))
 def test_one_shared_forward_equals_separate_forwards(params, step):
     transitions, advantage = jax.tree.map(lambda x: x[step], TRANSITIONS), ADVANTAGE[step]
-    config = UpdateConfig(clip_range=5e-3)
+    config = LearnerConfig(clip_range=5e-3)
     shared = jax.grad(lambda p: policy_loss(toy.velocity, p, transitions, advantage, TEXT, config)[0])(params)
 
     def separate(p):
@@ -68,13 +68,13 @@ def test_one_shared_forward_equals_separate_forwards(params, step):
 
 def test_ratio_is_one_before_the_first_update():
     for schedule in ("joint", "per_active_step"):
-        _, stats = run(UpdateConfig(schedule=schedule))
+        _, stats = run(LearnerConfig(schedule=schedule))
         assert stats.loss.ratio_deviation[0] <= 1e-6
         np.testing.assert_allclose(stats.loss.ratio[0], 1.0, atol=1e-6)
 
 
 def test_later_active_steps_are_off_policy():
-    _, stats = run(UpdateConfig(schedule="per_active_step"))
+    _, stats = run(LearnerConfig(schedule="per_active_step"))
     assert stats.loss.ratio_deviation.shape == (4,)
     assert (stats.loss.ratio_deviation[1:] > 1e-5).all()
 
@@ -102,33 +102,33 @@ def by_hand(schedule, config):
 @pytest.mark.parametrize("schedule", ["joint", "per_active_step"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
 def test_schedules_and_accumulation_equal_plain_loops(schedule, micro_batch):
-    config = UpdateConfig(schedule=schedule, micro_batch=micro_batch)
+    config = LearnerConfig(schedule=schedule, micro_batch=micro_batch)
     state, stats = run(config)
     chex.assert_trees_all_close(state.params, by_hand(schedule, config), atol=2e-6)
     assert stats.grad_norm.shape == ((1,) if schedule == "joint" else (4,))
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match=r"update\.micro_batch: found 3, expected a divisor of the 4 prompts"):
-        run(UpdateConfig(micro_batch=3))
+    with pytest.raises(ConfigError, match=r"learner\.micro_batch: found 3, expected a divisor of the 4 prompts"):
+        run(LearnerConfig(micro_batch=3))
 
 
 def test_moving_average():
-    state, _ = run(UpdateConfig(ema_decay=0.9))
+    state, _ = run(LearnerConfig(ema_decay=0.9))
     expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, PARAMS, state.params)
     chex.assert_trees_all_close(state.ema, expected, atol=1e-6)
-    assert run(UpdateConfig())[0].ema is None
+    assert run(LearnerConfig())[0].ema is None
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, -jnp.inf], ids=["reward_nan", "ratio_overflow"])
 def test_what_is_not_finite_is_skipped_and_counted(bad):
-    state, _ = run(UpdateConfig(), steps=2)
+    state, _ = run(LearnerConfig(), steps=2)
     poisoned, transitions = ADVANTAGE, TRANSITIONS
     if np.isnan(bad):
         poisoned = ADVANTAGE.at[1, 2, 3].set(bad)
     else:
         transitions = TRANSITIONS._replace(log_prob=TRANSITIONS.log_prob.at[0, 0, 0].set(bad))
-    update_fn = jax.jit(functools.partial(update, toy.velocity, make_optimizer(OPTIM), UpdateConfig()))
+    update_fn = jax.jit(functools.partial(update, toy.velocity, make_optimizer(OPTIM), LearnerConfig()))
     step = lambda state, advantage, transitions: update_fn(state, transitions, advantage, TEXT)[0]
     skipped = step(state, poisoned, transitions)
     chex.assert_trees_all_equal(skipped.params, state.params)
@@ -141,14 +141,14 @@ def test_what_is_not_finite_is_skipped_and_counted(bad):
 
 def test_a_step_lowers_the_loss():
     """After an update the samples of positive advantage are more probable relative to those of negative advantage."""
-    config = UpdateConfig(clip_range=1.0)
+    config = LearnerConfig(clip_range=1.0)
     state, _ = run(config, optim=OptimConfig(learning_rate=1e-4))
     before = policy_gain(PARAMS)
     assert policy_gain(state.params) > before
 
 
 def policy_gain(params):
-    config = UpdateConfig(clip_range=1.0)
+    config = LearnerConfig(clip_range=1.0)
     losses = [
         policy_loss(toy.velocity, params, jax.tree.map(lambda x, i=i: x[i], TRANSITIONS), ADVANTAGE[i], TEXT, config)[0]
         for i in range(4)
@@ -165,10 +165,10 @@ def test_warmup():
 @pytest.mark.parametrize(
     ("cls", "changes", "key"),
     [
-        (UpdateConfig, {"clip_range": 0.0}, "clip_range"),
-        (UpdateConfig, {"advantage_clip": -1.0}, "advantage_clip"),
-        (UpdateConfig, {"micro_batch": 0}, "micro_batch"),
-        (UpdateConfig, {"ema_decay": 1.0}, "ema_decay"),
+        (LearnerConfig, {"clip_range": 0.0}, "clip_range"),
+        (LearnerConfig, {"advantage_clip": -1.0}, "advantage_clip"),
+        (LearnerConfig, {"micro_batch": 0}, "micro_batch"),
+        (LearnerConfig, {"ema_decay": 1.0}, "ema_decay"),
         (OptimConfig, {"learning_rate": 0.0}, "learning_rate"),
         (OptimConfig, {"b2": 1.0}, "b2"),
         (OptimConfig, {"weight_decay": -1e-4}, "weight_decay"),
