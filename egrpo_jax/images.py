@@ -43,7 +43,7 @@ def grid(
 
 
 def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str]) -> Image.Image:
-    """Pairs of images side by side, labelled, each pair above its caption; as square a sheet as the pairs allow.
+    """Pairs of images side by side, labelled, each pair above its caption, as many to a row as there are rows.
 
     Args:
       before: [B, H, W, 3] in [0, 1].
@@ -55,7 +55,7 @@ def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str]) -
         for old, new in zip(_tiles(before, None), _tiles(after, None), strict=True)
     ]
     tiles = [_with_caption(pair, text) for pair, text in _captioned(pairs, captions)]
-    return _arrange(tiles, columns=max(1, round(math.sqrt(len(tiles) / 2))), gap=2 * _GAP)
+    return _arrange(tiles, columns=math.ceil(math.sqrt(len(tiles))), gap=2 * _GAP)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

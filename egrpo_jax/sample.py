@@ -21,8 +21,8 @@ from egrpo_jax.pipeline import load_pipeline
 from egrpo_jax.progress import restore_params
 from egrpo_jax.train_config import TrainConfig
 
-PROMPTS = flags.DEFINE_list("prompts", [], "Prompts, separated by commas.")
-OUT = flags.DEFINE_string("out", "", "PNG file to write: all images on one sheet, with their prompts.")
+PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.", required=True)
+OUT = flags.DEFINE_string("out", None, "PNG file to write, one sheet of all images.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "prompts", "out"))
+    cli.run(main)
