@@ -1,9 +1,9 @@
 """E-GRPO on the embedded text-to-emoji flow model, the whole method on a laptop.
 
     python -m egrpo_jax.train --config configs/emoji.py          # trains on the robust reward tower
-    python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on the weak tower: reward hacking, on purpose
+    python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on the weak tower
 
-Hardware: 2 CPU cores are enough, and then a run takes 4 to 6 minutes. What to expect: docs/results/emoji.md.
+Hardware: 2 CPU cores are enough, and then a run takes about 5 minutes. What to expect: docs/results/emoji.md.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ def test_before_is_left_of_after():
         centres[value] = np.median(pixels, axis=0)
     assert centres[51][0] == centres[153][0]
     assert centres[153][1] - centres[51][1] > 160
-    assert centres[102][0] - centres[51][0] > 160
+    assert centres[102][1] - centres[153][1] > 160  # the second pair is right of the first
 
 
 def test_wrong_shapes():
