@@ -73,8 +73,12 @@ def save_evaluation(workdir: Path, evaluation: Evaluation) -> None:
     atomic_write(workdir / "eval" / f"{evaluation.iteration:06d}.npz", buffer.getvalue())
 
 
-def load_evaluations(workdir: Path, last: int) -> list[Evaluation]:
-    """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen."""
+def load_evaluations(workdir: Path, last: int, rewards: Iterable[str], num_prompts: int) -> list[Evaluation]:
+    """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen.
+
+    Raises:
+      UserError: there are none, one is damaged, or one is of other rewards or another number of prompts.
+    """
     evaluations = []
     for path in sorted((workdir / "eval").glob("[0-9]*.npz")):
         if int(path.stem) > last:
@@ -85,6 +89,10 @@ def load_evaluations(workdir: Path, last: int) -> list[Evaluation]:
                 evaluations.append(Evaluation(int(path.stem), scores, arrays["images"]))
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"cannot read {path}: {error}; restore it or start over in another workdir") from error
+        if {name: len(values) for name, values in scores.items()} != dict.fromkeys(rewards, num_prompts):
+            raise UserError(f"{path} is of other rewards or prompts; what they change needs a new workdir")
+    if not evaluations:
+        raise UserError(f"found no evaluation in {workdir / 'eval'}; restore it or start over in another workdir")
     return evaluations
 
 

@@ -103,7 +103,7 @@ def make_steps(job: Job) -> Steps:
             pipeline.velocity, params, job.plan, conditioning, keys, pipeline.latents_shape
         ),
         (REPLICATED, over_data(), over_data()),
-        Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays,
+        Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays
     )
     step = spread(
         functools.partial(update, pipeline.velocity, job.optimizer, job.config.learner, axis_name=DATA),
@@ -223,7 +223,9 @@ def loop(job: Job, progress: Progress, checkpoints: Checkpoints, workdir: Path, 
         print(f"resuming from iteration {progress.iteration}", flush=True)
     steps = make_steps(job)
     sampler = Sampler(job.pipeline, job.plan.times, config.evaluation.batch)
-    history = load_evaluations(workdir, progress.iteration) if progress.iteration else []
+    history: list[Evaluation] = []
+    if progress.iteration:
+        history = load_evaluations(workdir, progress.iteration, job.rewards, len(job.evaluation_prompts))
     writer = MetricsWriter(workdir, progress.iteration or None, wandb=config.wandb)
     bar = tqdm.tqdm(total=config.num_iterations, initial=progress.iteration, desc=config.name, unit="it")
     if not history:

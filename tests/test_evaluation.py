@@ -46,8 +46,8 @@ def test_record_is_read_back_up_to_an_iteration(tmp_path):
     save_evaluation(tmp_path, first)
     save_evaluation(tmp_path, first._replace(iteration=10))
     save_evaluation(tmp_path, first._replace(iteration=20))
-    assert [record.iteration for record in load_evaluations(tmp_path, 10)] == [0, 10]
-    read = load_evaluations(tmp_path, 0)[0]
+    assert [record.iteration for record in load_evaluations(tmp_path, 10, ["bright"], 7)] == [0, 10]
+    read = load_evaluations(tmp_path, 0, ["bright"], 7)[0]
     np.testing.assert_array_equal(read.scores["bright"], first.scores["bright"])
     np.testing.assert_array_equal(read.images, first.images)
     assert read.images.shape == (2, 4, 4, 3)
@@ -58,7 +58,19 @@ def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "eval" / "000000.npz"
     path.write_bytes(b"PK" + path.read_bytes()[20:])
     with pytest.raises(UserError, match=r"cannot read .*000000\.npz"):
-        load_evaluations(tmp_path, 0)
+        load_evaluations(tmp_path, 0, ["a"], 2)
+
+
+@pytest.mark.parametrize(("rewards", "num_prompts"), [(["b"], 2), (["a", "b"], 2), (["a"], 3)])
+def test_a_record_of_something_else_is_refused(tmp_path, rewards, num_prompts):
+    save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]))
+    with pytest.raises(UserError, match=r"000000\.npz is of other rewards or prompts"):
+        load_evaluations(tmp_path, 0, rewards, num_prompts)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(UserError, match="found no evaluation"):
+        load_evaluations(tmp_path, 5, ["a"], 2)
 
 
 def test_metrics_are_paired_changes():
