@@ -11,7 +11,7 @@ def main(workdir):
     change = {name: last[f"eval/{name}/change"] for name in ("emoji", "emoji_judge", "emoji_judge_r1")}
     print("change on the held-out prompts:", {name: round(value, 4) for name, value in change.items()})
     assert 0.30 <= first["eval/emoji_judge_r1/mean"] <= 0.45, first["eval/emoji_judge_r1/mean"]
-    assert change["emoji"] > last["eval/emoji/change_ci95"]
+    assert change["emoji"] >= 0.035
     assert change["emoji_judge"] >= 0.015
     assert change["emoji_judge"] > last["eval/emoji_judge/change_ci95"]
     assert change["emoji_judge_r1"] > 0

@@ -51,7 +51,7 @@ class FlowJob:
     shift: float = 2.0
     evaluate_every: int = 100
     target_recall: float = 0.35
-    optim: Optim = dataclasses.field(default_factory=lambda: Optim(steps=2400, batch_size=64, warmup=200))
+    optim: Optim = dataclasses.field(default_factory=lambda: Optim(steps=4000, batch_size=64, warmup=200, decay=False))
 
     def __post_init__(self) -> None:
         if self.patch < 1 or IMAGE_SIZE % self.patch:
