@@ -72,8 +72,3 @@ def log_prob(kernel: Kernel, sample: chex.Array, num_axes: int = 2) -> chex.Arra
     standardised = (sample - kernel.mean) / kernel.std
     density = -0.5 * jnp.square(standardised) - jnp.log(kernel.std) - 0.5 * np.log(2 * np.pi)
     return density.mean(axis=tuple(range(-num_axes, 0)))
-
-
-def predict_data(latents: chex.Array, velocity: chex.Array, time: chex.Array) -> chex.Array:
-    """The clean sample x_0 = x_t - t v that the velocity points at."""
-    return latents - _over(time, latents) * velocity
