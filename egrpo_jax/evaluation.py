@@ -35,7 +35,7 @@ class Sampler:
         def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
             noise = anchor_noise(keys, pipeline.latents_shape)
             latents = solve(pipeline.velocity, params, noise, jnp.array(times, jnp.float32), conditioning)
-            return pipeline.decode(latents)
+            return pipeline.decode(params, latents)
 
         self._sample = spread(sample, (REPLICATED, over_data(), over_data()), over_data())
 

@@ -12,10 +12,13 @@ import jax
 
 from egrpo_jax.config import ConfigError
 from egrpo_jax.data.emoji_text import encode_prompts
+from egrpo_jax.errors import UserError
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.models.flux import Flux
 from egrpo_jax.models.patches import latents_to_pixels
+from egrpo_jax.parallel.rules import Rules
 from egrpo_jax.plugins import load_attribute
+from egrpo_jax.trees import partition
 from egrpo_jax.weights.assets import load_flow
 
 
@@ -39,17 +42,27 @@ class Pipeline:
 
     Attributes:
       velocity: `(params, latents[B, N, D], time[B], conditioning) -> velocity[B, N, D]`.
-      params: what is trained.
+      params: of velocity and decoder, a pytree of arrays.
       encode: prompts to the conditioning, a pytree with leading axis B.
-      decode: latents `[B, N, D]` at t = 0 to images `[B, H, W, 3]` in [0, 1]; traceable.
+      decode: `(params, latents[B, N, D])`, the latents at t = 0, to images `[B, H, W, 3]` in [0, 1]; traceable.
       latents_shape: (N, D).
+      rules: how the parameters are sharded; by default they are replicated.
+      trainable: regular expression, found in the paths (joined with '/') of the parameters that training changes.
+      forward_flops: floating-point operations of one sample's velocity, where known.
     """
 
     velocity: VelocityFn
     params: Any
     encode: Callable[[Sequence[str]], Any]
-    decode: Callable[[chex.Array], chex.Array]
+    decode: Callable[[Any, chex.Array], chex.Array]
     latents_shape: tuple[int, int]
+    rules: Rules = ()
+    trainable: str = ""
+    forward_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        if not jax.tree.leaves(partition(self.params, self.trainable)[0]):
+            raise UserError(f"trainable {self.trainable!r} is found in no parameter's path, so nothing can be trained")
 
 
 def load_pipeline(config: ModelConfig) -> Pipeline:
@@ -82,6 +95,6 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
         velocity=velocity,
         params=jax.tree.map(jax.numpy.asarray, flow.params),
         encode=encode_prompts,
-        decode=lambda latents: latents_to_pixels(latents, flow.grid, flow.patch),
+        decode=lambda _, latents: latents_to_pixels(latents, flow.grid, flow.patch),
         latents_shape=(flow.grid[0] * flow.grid[1], flow.config.in_channels),
     )

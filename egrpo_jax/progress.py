@@ -11,9 +11,11 @@ import optax
 
 from egrpo_jax.checkpoint import Checkpoints
 from egrpo_jax.errors import UserError
+from egrpo_jax.pipeline import Pipeline
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.update import TrainState, init_state
 from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.trees import combine, partition
 
 
 class Progress(NamedTuple):
@@ -25,9 +27,10 @@ class Progress(NamedTuple):
     position: int
 
 
-def first_progress(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> Progress:
-    """Where a run starts."""
-    return Progress(init_state(params, optimizer, config.learner), jax.random.key(config.seed), iteration=0, position=0)
+def first_progress(trained: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> Progress:
+    """Where a run that trains the parameters `trained` starts."""
+    state = init_state(trained, optimizer, config.learner)
+    return Progress(state, jax.random.key(config.seed), iteration=0, position=0)
 
 
 def policy_params(state: TrainState) -> Any:
@@ -51,8 +54,8 @@ def restore(checkpoints: Checkpoints, start: Progress) -> Progress:
     return Progress(tree["state"], jax.random.wrap_key_data(tree["key"]), iteration, meta["position"])
 
 
-def restore_params(workdir: Path, params: Any, config: TrainConfig) -> tuple[Any, int]:
-    """The policy of the run in `workdir` and its iteration; `params` are any parameters of the same model.
+def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig) -> tuple[Any, int]:
+    """All parameters of `pipeline`, those that the run in `workdir` trained being the run's, and its iteration.
 
     Raises:
       UserError: there is no checkpoint, or it is of another model or config.
@@ -62,9 +65,10 @@ def restore_params(workdir: Path, params: Any, config: TrainConfig) -> tuple[Any
         raise UserError(f"found no checkpoints in {workdir}, expected the workdir of a training run")
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep)
     try:
-        progress = restore(checkpoints, first_progress(params, make_optimizer(config.optim), config))
+        trained, frozen = partition(pipeline.params, pipeline.trainable)
+        progress = restore(checkpoints, first_progress(trained, make_optimizer(config.optim), config))
     finally:
         checkpoints.close()
     if not progress.iteration:
         raise UserError(f"found no checkpoint in {directory}; the run has not saved one yet")
-    return policy_params(progress.state), progress.iteration
+    return combine(policy_params(progress.state), frozen), progress.iteration

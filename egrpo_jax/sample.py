@@ -36,7 +36,7 @@ def main() -> None:
     pipeline = load_pipeline(config.model)
     params, source = pipeline.params, "the config's weights"
     if WORKDIR.value is not None:
-        params, iteration = restore_params(Path(WORKDIR.value), params, config)
+        params, iteration = restore_params(Path(WORKDIR.value), pipeline, config)
         source = f"{WORKDIR.value}, iteration {iteration}"
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

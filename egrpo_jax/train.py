@@ -7,7 +7,6 @@ picture grids), `checkpoints/`, and at the end `reward_curve.png`, `entropy.png`
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 import tqdm
 from absl import flags
+from jax.sharding import Mesh
 
 from egrpo_jax import cli, images, plots
 from egrpo_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
@@ -36,7 +36,8 @@ from egrpo_jax.evaluation import (
     shown_places,
 )
 from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, read_metrics
-from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, put, spread
+from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, spread
+from egrpo_jax.parallel.rules import lay_out
 from egrpo_jax.pipeline import Pipeline, load_pipeline
 from egrpo_jax.progress import Progress, first_progress, policy_params, restore, save
 from egrpo_jax.rewards import Reward, load_reward
@@ -46,6 +47,7 @@ from egrpo_jax.rl.plan import Plan, describe, make_plan
 from egrpo_jax.rl.rollout import Rollout, prompt_keys, roll_out
 from egrpo_jax.rl.update import TrainState, UpdateStats, update
 from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.trees import combine, partition
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; by default runs/<config.name>.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
@@ -62,7 +64,7 @@ class NotFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that stays the same during a run."""
+    """All that stays the same during a run; `frozen` are the parameters that are not trained."""
 
     config: TrainConfig
     plan: Plan
@@ -71,27 +73,34 @@ class Job:
     prompts: list[str]
     evaluation_prompts: list[str]
     optimizer: optax.GradientTransformation
+    frozen: Any
 
 
 class Steps(NamedTuple):
     """The compiled phases of an iteration."""
 
     rollout: Callable[[Any, Any, chex.Array], Rollout]
-    decode: Callable[[chex.Array], chex.Array]
+    decode: Callable[[Any, chex.Array], chex.Array]
     update: Callable[..., tuple[TrainState, UpdateStats]]
 
 
-def make_job(config: TrainConfig) -> Job:
-    """Loads what `config` names; whatever is wrong with it comes out here, before anything is compiled."""
+def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
+    """Loads what `config` names; whatever is wrong with it comes out here, before anything is compiled.
+
+    Returns:
+      The job, and the parameters that it trains; all parameters lie on `mesh`.
+    """
     plan = make_plan(config.plan)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     rewards = {name: load_reward(name) for name in config.rewards.train + config.rewards.heldout}
     pipeline = load_pipeline(config.model)
-    return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, make_optimizer(config.optim))
+    trained, frozen = partition(lay_out(mesh, pipeline.rules, pipeline.params), pipeline.trainable)
+    optimizer = make_optimizer(config.optim)
+    return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, optimizer, frozen), trained
 
 
 def make_steps(job: Job) -> Steps:
-    """Compiles the phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
+    """The phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
     devices = jax.sharding.get_abstract_mesh().shape[DATA]
     if job.config.prompts_per_iteration % devices:
         expected = f"a multiple of the {devices} devices on the mesh axis {DATA}"
@@ -105,13 +114,14 @@ def make_steps(job: Job) -> Steps:
         (REPLICATED, over_data(), over_data()),
         Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays
     )
-    step = spread(
-        functools.partial(update, pipeline.velocity, job.optimizer, job.config.learner, axis_name=DATA),
-        (REPLICATED, per_step, per_step, over_data()),
-        (REPLICATED, REPLICATED),
-        donate=(0,),
-    )
-    return Steps(rollout, jax.jit(pipeline.decode), step)
+    decode = spread(pipeline.decode, (REPLICATED, over_data()), over_data())
+
+    def step(state: TrainState, frozen: Any, *batch: Any) -> tuple[TrainState, UpdateStats]:
+        velocity = lambda trained, *inputs: pipeline.velocity(combine(trained, frozen), *inputs)
+        return update(velocity, job.optimizer, job.config.learner, state, *batch, axis_name=DATA)
+
+    in_specs = (REPLICATED, REPLICATED, per_step, per_step, over_data())
+    return Steps(rollout, decode, spread(step, in_specs, (REPLICATED, REPLICATED), donate=(0,)))
 
 
 def run_iteration(job: Job, steps: Steps, progress: Progress, timer: PhaseTimer) -> tuple[Progress, dict[str, float]]:
@@ -122,20 +132,25 @@ def run_iteration(job: Job, steps: Steps, progress: Progress, timer: PhaseTimer)
     conditioning = job.pipeline.encode(prompts)
     keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
 
+    params = combine(progress.state.params, job.frozen)
+
     with timer.phase("rollout"):
-        transitions, latents = jax.block_until_ready(steps.rollout(progress.state.params, conditioning, keys))
+        transitions, latents = jax.block_until_ready(steps.rollout(params, conditioning, keys))
     with timer.phase("decode"):
-        pictures = jax.block_until_ready(steps.decode(latents.reshape(-1, *latents.shape[-2:])))
+        pictures = jax.block_until_ready(steps.decode(params, latents.reshape(-1, *latents.shape[-2:])))
     with timer.phase("reward"):
         shape = latents.shape[:-2]  # [P, E, R, G]
         repeated = [prompt for prompt in prompts for _ in range(job.plan.decodes)]
         scores = {name: job.rewards[name](pictures, repeated).reshape(shape) for name in config.rewards.train}
         weights = dict(zip(config.rewards.train, config.rewards.weights, strict=True))
         advantage = jax.block_until_ready(credit(scores, weights))
+        heldout = heldout_metrics(job, pictures, repeated)
     with timer.phase("update"):
-        state, stats = jax.block_until_ready(steps.update(progress.state, transitions, advantage, conditioning))
+        state, stats = jax.block_until_ready(
+            steps.update(progress.state, job.frozen, transitions, advantage, conditioning)
+        )
 
-    metrics = reward_metrics(job.plan, scores) | update_metrics(config, advantage, stats, state)
+    metrics = reward_metrics(job.plan, scores) | heldout | update_metrics(config, advantage, stats, state)
     return Progress(state, progress.key, iteration + 1, progress.position + count), metrics
 
 
@@ -150,6 +165,16 @@ def reward_metrics(plan: Plan, scores: dict[str, chex.Array]) -> dict[str, float
         for branch, std in zip(plan.branches, within, strict=True):
             metrics[f"reward/{name}/std_step_{branch.step}"] = std
     return {name: float(value) for name, value in metrics.items()}
+
+
+def heldout_metrics(job: Job, pictures: chex.Array, prompts: Sequence[str]) -> dict[str, float]:
+    """The mean of each held-out reward over one sample of every group: it shows hacking early, and costs little."""
+    each = job.plan.group_size
+    rewards = {name: job.rewards[name] for name in job.config.rewards.heldout}
+    return {
+        f"reward/{name}/mean": float(reward(pictures[::each], prompts[::each]).mean())
+        for name, reward in rewards.items()
+    }
 
 
 def update_metrics(
@@ -184,7 +209,7 @@ def evaluate(
     """Evaluates the parameters (their average where one is kept), adds to `history`, writes scores and grid."""
     key = jax.random.fold_in(jax.random.key(job.config.seed), EVALUATION_SEED)
     prompts, shown = job.evaluation_prompts, job.config.evaluation.shown
-    pictures = sampler(policy_params(progress.state), prompts, key)
+    pictures = sampler(combine(policy_params(progress.state), job.frozen), prompts, key)
     history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, shown))
     save_evaluation(workdir, history[-1])
     sheet = images.grid(_floats(history[-1]), math.ceil(math.sqrt(shown)), shown_prompts(job))
@@ -196,16 +221,16 @@ def evaluate(
 
 def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False) -> int | None:
     """Runs or resumes training in `workdir`; returns the signal that ended it early, or None at its end."""
-    job = make_job(config)
-    claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
-    # A restarted run compiles nothing anew.
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
-    print(describe(job.plan), flush=True)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), PreemptionGuard() as guard:
+        job, trained = make_job(config, mesh)
+        claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
+        # A restarted run compiles nothing anew.
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        print(describe(job.plan), flush=True)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-        start = first_progress(job.pipeline.params, job.optimizer, config)
-        start = start._replace(state=put(mesh, start.state, REPLICATED))
+        start = first_progress(trained, job.optimizer, config)
+        start = start._replace(state=lay_out(mesh, job.pipeline.rules, start.state))
         progress = restore(checkpoints, start)
         for damaged in checkpoints.damaged:
             print(f"warning: a damaged checkpoint was moved to {damaged}", file=sys.stderr)

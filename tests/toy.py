@@ -56,7 +56,7 @@ def pipeline(_):
         encode=lambda prompts: {
             "text": np.array([[len(p), p.count("a"), p.count("e")] for p in prompts], np.float32) / 9
         },
-        decode=lambda latents: jax.nn.sigmoid(latents).reshape(-1, 4, 4, 3),
+        decode=lambda _, latents: jax.nn.sigmoid(latents).reshape(-1, 4, 4, 3),
         latents_shape=(4, 12),
     )
 

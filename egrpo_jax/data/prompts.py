@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+import grain
 
 from egrpo_jax.data.emoji import heldout_names, train_names
 from egrpo_jax.errors import UserError
@@ -44,9 +44,5 @@ def prompts_at(prompts: Sequence[str], seed: int, position: int, count: int) -> 
 
     The order is a function of `seed` alone, so that a position is all a checkpoint needs to keep.
     """
-    chosen = []
-    for place in range(position, position + count):
-        epoch, index = divmod(place, len(prompts))
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
-        chosen.append(prompts[order[index]])
-    return chosen
+    order = grain.MapDataset.source(list(prompts)).shuffle(seed=seed).repeat()
+    return [order[place] for place in range(position, position + count)]

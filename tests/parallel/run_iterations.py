@@ -10,7 +10,8 @@ import numpy as np
 
 from egrpo_jax.config import from_config_dict
 from egrpo_jax.metrics import PhaseTimer
-from egrpo_jax.parallel.mesh import REPLICATED, MeshConfig, make_mesh, put
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.parallel.rules import lay_out
 from egrpo_jax.progress import first_progress
 from egrpo_jax.train import make_job, make_steps, run_iteration
 from egrpo_jax.train_config import TrainConfig
@@ -23,11 +24,11 @@ def main(config_file, out, data, fsdp):
     config = module.get_config()
     config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = 8, 4, 3
     config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(data=int(data), fsdp=int(fsdp)))
-    job = make_job(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        progress = first_progress(job.pipeline.params, job.optimizer, config)
-        progress = progress._replace(state=put(mesh, progress.state, REPLICATED))
+        job, trained = make_job(config, mesh)
+        progress = first_progress(trained, job.optimizer, config)
+        progress = progress._replace(state=lay_out(mesh, job.pipeline.rules, progress.state))
         steps = make_steps(job)
         for _ in range(3):
             progress, metrics = run_iteration(job, steps, progress, PhaseTimer())
