@@ -1,4 +1,4 @@
-"""What survives a kill: checkpoints, the workdir's record of its config, atomic files, and signals.
+"""What survives a kill: checkpoints, the workdir's record of its config, and signals.
 
 A checkpoint is an Orbax directory `<step>/` with the items `state` (the arrays) and `meta` (JSON). `meta` also keeps a
 fingerprint of the state: the path, dtype, shape and checksum of every array. It tells the two ways in which a restore
@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import types
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from egrpo_jax.atomic import atomic_write
 from egrpo_jax.errors import UserError
 
 PyTree = Any
@@ -88,7 +88,7 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def restore_latest(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+    def restore_latest(self, template: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.
 
         Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good.
@@ -96,6 +96,7 @@ class Checkpoints:
         Args:
           template: the state, or the same tree of `jax.ShapeDtypeStruct`. The result has its shardings; a struct
             without one goes to the first device.
+          partial: `template` may lack some of the state's leaves, and only those that it has are read.
 
         Raises:
           UserError: if a checkpoint is of another model (paths, dtypes or shapes differ), or all of them are damaged.
@@ -104,7 +105,7 @@ class Checkpoints:
         failures: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, meta = self._restore(step, target)
+                state, meta = self._restore(step, target, partial)
             except Exception as error:
                 if not _is_damage(error):
                     raise
@@ -120,13 +121,16 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, target: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def _restore(self, step: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
         record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(record, dict) or record.pop("crc32", None) != _crc32(record):
             raise ValueError("checksum of meta differs")
-        saved, meta = record["fingerprint"], record["meta"]
-        _check_same_model(self._directory / str(step), saved, _layout(target))
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
+        saved, meta, wanted = record["fingerprint"], record["meta"], _layout(target)
+        if partial:
+            saved = {path: entry for path, entry in saved.items() if path in wanted}
+        _check_same_model(self._directory / str(step), saved, wanted)
+        restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
         found = _fingerprint(state)
         for path, entry in saved.items():
             if entry != found[path]:
@@ -148,6 +152,11 @@ class Checkpoints:
         if failures:
             multihost_utils.sync_global_devices("damaged")
             self._manager.reload()
+
+
+def _partial_restore(target: PyTree) -> ocp.args.CheckpointArgs:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
 
 
 def _is_damage(error: Exception) -> bool:
@@ -260,27 +269,6 @@ def _differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list
 
     keys = sorted(key for key in {*recorded, *config} if show(recorded, key) != show(config, key))
     return [f"{key} was {show(recorded, key)}, now {show(config, key)}" for key in keys]
-
-
-def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Writes `content` so that `path` is, at any moment and after any kill, the old file or the new one, whole.
-
-    Parent directories are made; text is UTF-8. Raises UserError if `path` cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 class PreemptionGuard:

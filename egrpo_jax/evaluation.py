@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from egrpo_jax.checkpoint import atomic_write
+from egrpo_jax.atomic import atomic_write
 from egrpo_jax.errors import UserError
 from egrpo_jax.flow.schedule import Times
 from egrpo_jax.flow.solver import solve
 from egrpo_jax.images import to_uint8
 from egrpo_jax.metrics import paired_interval
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
-from egrpo_jax.pipeline import Pipeline
+from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rewards import Reward
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
 

@@ -22,7 +22,7 @@ import scipy.special
 import tensorboardX
 from numpy.typing import ArrayLike
 
-from egrpo_jax.checkpoint import atomic_write
+from egrpo_jax.atomic import atomic_write
 from egrpo_jax.errors import UserError
 
 
@@ -162,6 +162,24 @@ class PhaseTimer:
         """{"seconds/<phase>": seconds} since the last call, and starts anew."""
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()}
+
+
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 operations a second of a chip, from its vendor's data sheet, by the beginning of its name in JAX."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The most bfloat16 operations a second of one chip, or None if it is unknown; the longest fitting name counts."""
+    fitting = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
+    return _PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 
 
 def peak_device_memory() -> float | None:

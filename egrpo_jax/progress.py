@@ -11,8 +11,7 @@ import optax
 
 from egrpo_jax.checkpoint import Checkpoints
 from egrpo_jax.errors import UserError
-from egrpo_jax.pipeline import Pipeline
-from egrpo_jax.rl.optimizer import make_optimizer
+from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.update import TrainState, init_state
 from egrpo_jax.train_config import TrainConfig
 from egrpo_jax.trees import combine, partition
@@ -63,12 +62,19 @@ def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig) -> tu
     directory = workdir / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"found no checkpoints in {workdir}, expected the workdir of a training run")
+    trained, frozen = partition(pipeline.params, pipeline.trainable)
+    kept = "params" if config.learner.ema_decay is None else "ema"
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep)
     try:
-        trained, frozen = partition(pipeline.params, pipeline.trainable)
-        progress = restore(checkpoints, first_progress(trained, make_optimizer(config.optim), config))
+        # Without the optimizer's moments, which may be twice as large as all that is asked for.
+        restored = checkpoints.restore_latest({"state": {kept: jax.tree.map(_abstract, trained)}}, partial=True)
     finally:
         checkpoints.close()
-    if not progress.iteration:
+    if restored is None:
         raise UserError(f"found no checkpoint in {directory}; the run has not saved one yet")
-    return combine(policy_params(progress.state), frozen), progress.iteration
+    iteration, tree, _ = restored
+    return combine(tree["state"][kept], frozen), iteration
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

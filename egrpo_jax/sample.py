@@ -1,49 +1,104 @@
 """Prompts to images: `python -m egrpo_jax.sample --config configs/emoji.py --prompts "red heart,cat face" --out x.png`.
 
-Samples the model of the config, or with --workdir that of a training run, by the deterministic flow on the plan's grid.
+Samples the model of the config, or with --workdir that of a training run, by the deterministic flow. An --out that
+ends in .png is one sheet of all images; any other is a folder: an image for each prompt, `grid.png`, `samples.json`.
+An image depends on the prompt, its place and the seed, never on --batch or the number of devices.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from PIL import Image
 
 from egrpo_jax import cli, images
+from egrpo_jax.atomic import atomic_write
 from egrpo_jax.config import from_config_dict
+from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.errors import UserError
 from egrpo_jax.evaluation import Sampler
 from egrpo_jax.flow.schedule import shifted_times
-from egrpo_jax.parallel.mesh import REPLICATED, make_mesh, put
-from egrpo_jax.pipeline import load_pipeline
+from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.progress import restore_params
 from egrpo_jax.train_config import TrainConfig
 
-PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.", required=True)
-OUT = flags.DEFINE_string("out", None, "PNG file to write, one sheet of all images.", required=True)
+PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts from a file (txt, JSONL or CSV) or a built-in set.")
+OUT = flags.DEFINE_string("out", None, "PNG file for one sheet of all images, or a folder.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+STEPS = flags.DEFINE_integer("steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1)
+SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    "training",
+    ["training", "pipeline"],
+    "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
+)
+BATCH = flags.DEFINE_integer("batch", None, "Prompts sampled at once; by default as in evaluations.", lower_bound=1)
+
+
+def chosen_prompts() -> list[str]:
+    """The prompts that the flags name."""
+    if (PROMPTS.value is None) == (PROMPT_FILE.value is None):
+        raise UserError("expected one of --prompts and --prompt_file")
+    if PROMPT_FILE.value is not None:
+        return read_prompts(PROMPT_FILE.value)
+    prompts = [prompt.strip() for prompt in PROMPTS.value or () if prompt.strip()]
+    if not prompts:
+        raise UserError(f"--prompts: found {PROMPTS.value}, expected at least one prompt")
+    return prompts
+
+
+def chosen_shift(config: TrainConfig, pipeline: Pipeline) -> float:
+    """The shift of the time grid that the flags name."""
+    if SCHEDULE.value == "training":
+        return config.plan.shift
+    if pipeline.sampling_shift is None:
+        raise UserError(
+            f"--schedule=pipeline: the model {config.model.name!r} has no schedule of its own; use training"
+        )
+    return pipeline.sampling_shift
+
+
+def write(out: Path, pictures: np.ndarray, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Writes the sheet, or the folder."""
+    sheet = images.grid(pictures, math.ceil(math.sqrt(len(prompts))), prompts)
+    if out.suffix.lower() == ".png":
+        images.save_png(sheet, out)
+        return
+    samples = [{"prompt": prompt, "file": f"{place:05d}.png"} for place, prompt in enumerate(prompts)]
+    for sample, picture in zip(samples, pictures, strict=True):
+        images.save_png(Image.fromarray(images.to_uint8(picture)), out / sample["file"])
+    images.save_png(sheet, out / "grid.png")
+    atomic_write(out / "samples.json", json.dumps(settings | {"samples": samples}, indent=2, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
-    """Samples and writes the sheet."""
+    """Samples and writes."""
     config = from_config_dict(TrainConfig, cli.CONFIG.value)
-    prompts = [prompt.strip() for prompt in PROMPTS.value if prompt.strip()]
-    if not prompts:
-        raise UserError(f"--prompts: found {PROMPTS.value}, expected at least one prompt")
-    pipeline = load_pipeline(config.model)
-    params, source = pipeline.params, "the config's weights"
-    if WORKDIR.value is not None:
-        params, iteration = restore_params(Path(WORKDIR.value), pipeline, config)
-        source = f"{WORKDIR.value}, iteration {iteration}"
+    prompts = chosen_prompts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        times = shifted_times(config.plan.num_steps, config.plan.shift)
-        sampler = Sampler(pipeline, times, min(config.evaluation.batch, len(prompts)))
-        pictures = sampler(put(mesh, params, REPLICATED), prompts, jax.random.key(SEED.value))
-    images.save_png(images.grid(pictures, math.ceil(math.sqrt(len(prompts))), prompts), OUT.value)
+        pipeline = load_pipeline(config.model, mesh)
+        pipeline.require(prompts)
+        params, source = pipeline.params, "the config's weights"
+        if WORKDIR.value is not None:
+            params, iteration = restore_params(Path(WORKDIR.value), pipeline, config)
+            source = f"{WORKDIR.value}, iteration {iteration}"
+        steps, shift = STEPS.value or config.plan.num_steps, chosen_shift(config, pipeline)
+        sampler = Sampler(
+            pipeline, shifted_times(steps, shift), BATCH.value or min(config.evaluation.batch, len(prompts))
+        )
+        pictures = sampler(params, prompts, jax.random.key(SEED.value))
+    settings = {"weights": source, "seed": SEED.value, "steps": steps, "shift": shift}
+    write(Path(OUT.value), pictures, prompts, settings | {"model": cli.CONFIG.value.model.to_dict()})
     print(f"{len(prompts)} images from {source}: {OUT.value}")
 
 

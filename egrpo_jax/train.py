@@ -35,16 +35,16 @@ from egrpo_jax.evaluation import (
     save_evaluation,
     shown_places,
 )
-from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, read_metrics
+from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, peak_flops, read_metrics
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, spread
 from egrpo_jax.parallel.rules import lay_out
-from egrpo_jax.pipeline import Pipeline, load_pipeline
+from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.progress import Progress, first_progress, policy_params, restore, save
 from egrpo_jax.rewards import Reward, load_reward
 from egrpo_jax.rl.advantage import credit, zero_spread_share
 from egrpo_jax.rl.optimizer import last_learning_rate, make_optimizer, skipped_updates
 from egrpo_jax.rl.plan import Plan, describe, make_plan
-from egrpo_jax.rl.rollout import Rollout, prompt_keys, roll_out
+from egrpo_jax.rl.rollout import Rollout, Transitions, prompt_keys, roll_out
 from egrpo_jax.rl.update import TrainState, UpdateStats, update
 from egrpo_jax.train_config import TrainConfig
 from egrpo_jax.trees import combine, partition
@@ -93,8 +93,9 @@ def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
     plan = make_plan(config.plan)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     rewards = {name: load_reward(name) for name in config.rewards.train + config.rewards.heldout}
-    pipeline = load_pipeline(config.model)
-    trained, frozen = partition(lay_out(mesh, pipeline.rules, pipeline.params), pipeline.trainable)
+    pipeline = load_pipeline(config.model, mesh)
+    pipeline.require([*prompts, *evaluation_prompts])
+    trained, frozen = partition(pipeline.params, pipeline.trainable)
     optimizer = make_optimizer(config.optim)
     return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, optimizer, frozen), trained
 
@@ -116,9 +117,13 @@ def make_steps(job: Job) -> Steps:
     )
     decode = spread(pipeline.decode, (REPLICATED, over_data()), over_data())
 
-    def step(state: TrainState, frozen: Any, *batch: Any) -> tuple[TrainState, UpdateStats]:
+    def step(
+        state: TrainState, frozen: Any, transitions: Transitions, advantage: chex.Array, conditioning: Any
+    ) -> tuple[TrainState, UpdateStats]:
         velocity = lambda trained, *inputs: pipeline.velocity(combine(trained, frozen), *inputs)
-        return update(velocity, job.optimizer, job.config.learner, state, *batch, axis_name=DATA)
+        return update(
+            velocity, job.optimizer, job.config.learner, state, transitions, advantage, conditioning, axis_name=DATA
+        )
 
     in_specs = (REPLICATED, REPLICATED, per_step, per_step, over_data())
     return Steps(rollout, decode, spread(step, in_specs, (REPLICATED, REPLICATED), donate=(0,)))
@@ -290,12 +295,18 @@ def _floats(evaluation: Evaluation) -> np.ndarray:
 
 
 def speed_metrics(job: Job, timer: PhaseTimer) -> dict[str, float]:
-    """Seconds by phase, images a second, and peak device memory where the backend tells."""
+    """Seconds by phase, images a second; peak device memory and model FLOP utilisation where they are known."""
     seconds = timer.take()
-    produced = job.config.prompts_per_iteration * job.plan.decodes
-    memory = peak_device_memory()
-    speed = {"images_per_second": produced / seconds["seconds/iteration"]}
-    return seconds | speed | ({} if memory is None else {"peak_device_memory": memory})
+    prompts = job.config.prompts_per_iteration
+    speed = {"images_per_second": prompts * job.plan.decodes / seconds["seconds/iteration"]}
+    if (memory := peak_device_memory()) is not None:
+        speed["peak_device_memory"] = memory
+    peak, flops = peak_flops(jax.devices()[0].device_kind), job.pipeline.forward_flops
+    if peak is not None and flops is not None:
+        work = prompts * job.plan.forward_equivalents * flops
+        busy = seconds["seconds/rollout"] + seconds["seconds/update"]
+        speed["model_flop_utilisation"] = work / (busy * peak * jax.device_count())
+    return seconds | speed
 
 
 def show(bar: tqdm.tqdm, config: TrainConfig, metrics: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ import ml_collections
 
 from egrpo_jax.config import ConfigError, to_config_dict
 from egrpo_jax.parallel.mesh import MeshConfig
-from egrpo_jax.pipeline import ModelConfig
+from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig

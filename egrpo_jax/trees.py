@@ -14,7 +14,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition(tree: Any, pattern: str) -> tuple[Any, Any]:
-    """The leaves whose path `pattern` is found in, and all others: two trees like `tree`, with None for what is not there.
+    """The leaves in whose path `pattern` is found, and all others: two trees like `tree`, None in place of the others.
 
     JAX takes None for a tree without leaves, so that each part can be mapped, differentiated and saved by itself.
     """

@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import egrpo_jax
-from egrpo_jax.checkpoint import Checkpoints, PreemptionGuard, atomic_write, claim_workdir
+from egrpo_jax.atomic import atomic_write
+from egrpo_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
 from egrpo_jax.errors import UserError
 
 # When one array cannot be read, Orbax drops the reads of the others, and Python complains when it collects those.
@@ -100,6 +101,18 @@ def test_restores_into_an_abstract_template_with_its_shardings(good):
         _, state, _ = Checkpoints(good).restore_latest(template)
         assert_same(state, make_state(2))
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
+
+
+def test_restores_a_part(good):
+    wanted = {"params": {"kernel": make_state()["params"]["kernel"]}, "step": jnp.int32(0)}
+    step, state, meta = Checkpoints(good).restore_latest(wanted, partial=True)
+    expected = make_state(2)
+    assert_same(state, {"params": {"kernel": expected["params"]["kernel"]}, "step": expected["step"]})
+    assert (step, meta["epoch"]) == (2, 2)
+    with pytest.raises(UserError, match=r"another model: params\.kernel is float32\[64, 32\] there, float32\[2\] here"):
+        Checkpoints(good).restore_latest({"params": {"kernel": jnp.zeros(2)}}, partial=True)
+    with pytest.raises(UserError, match=r"another model: params\.other is nothing there"):
+        Checkpoints(good).restore_latest({"params": {"other": jnp.zeros(2)}}, partial=True)
 
 
 def test_a_template_that_cannot_be_sharded_is_no_damage(directory):

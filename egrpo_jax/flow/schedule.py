@@ -42,6 +42,19 @@ def shifted_times(num_steps: int, shift: float) -> Times:
     return tuple((shift * uniform / (1 + (shift - 1) * uniform)).tolist())
 
 
+def resolution_shift(
+    image_tokens: int, small: tuple[int, float] = (256, 0.5), large: tuple[int, float] = (4096, 1.15)
+) -> float:
+    """The shift with which FLUX.1 samples images of `image_tokens`: e^mu, mu linear in the number of tokens.
+
+    Args:
+      image_tokens: tokens of the image.
+      small, large: two pairs of tokens and mu.
+    """
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    return math.exp(slope * (image_tokens - small[0]) + small[1])
+
+
 def sigma(times: Times, step: int, noise_level: float) -> float:
     """Diffusion coefficient sigma_t = a sqrt(t / (1 - t)) of the SDE at grid step `step`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ class OptimConfig:
       learning_rate: reached after `warmup_updates` linear steps, then constant.
       warmup_updates: optimizer updates of the warm-up.
       b1, b2, eps, weight_decay: of AdamW.
+      first_moment_dtype: what AdamW's first moment is stored in; the second stays float32, since bfloat16 would lose
+        its small increments.
       grad_clip: largest global norm of a gradient.
       max_skipped: so many updates skipped in a row, for a loss or gradient that is not finite, end the run.
     """
@@ -31,6 +33,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-4
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     grad_clip: float = 1.0
     max_skipped: int = 10
 
@@ -58,11 +61,24 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """The optimizer of `config`; a gradient that is not finite leaves parameters and moments as they were."""
     adamw = optax.adamw(
-        make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+        make_schedule(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.first_moment_dtype,
     )
+    clipped = optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
     # apply_if_finite would apply a bad update after so many; the training loop stops long before.
-    return optax.apply_if_finite(
-        optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw), max_consecutive_errors=2**31 - 1
+    return optax.apply_if_finite(_in_float32(clipped), max_consecutive_errors=2**31 - 1)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, that sees parameters and gradients in float32 whatever they are stored in."""
+    cast = lambda tree: optax.tree.cast(tree, jnp.float32)
+    return optax.GradientTransformation(
+        init=lambda params: inner.init(cast(params)),
+        update=lambda grads, state, params: inner.update(cast(grads), state, cast(params)),
     )
 
 

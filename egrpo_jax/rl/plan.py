@@ -139,6 +139,11 @@ class Plan:
         return self.rollout_passes + self.training_passes
 
     @property
+    def forward_equivalents(self) -> int:
+        """The work of one prompt in forward passes: a backward pass is two, what remat repeats does not count."""
+        return self.rollout_passes + 3 * self.training_passes
+
+    @property
     def decodes(self) -> int:
         """Images decoded and scored for one prompt."""
         return len(self.branches) * len(self.tail_strides) * self.group_size

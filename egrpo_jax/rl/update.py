@@ -156,7 +156,8 @@ def _mean_gradient(
         grads, stats = gradient(micro)
         return jax.tree.map(jnp.add, total, grads), stats
 
-    total, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # bfloat16 would lose small gradients
+    total, stats = jax.lax.scan(add, zeros, batch)
     grads = jax.tree.map(lambda g: g / length, total)
     worst = stats.ratio_deviation.max()
     mean = jax.tree.map(jnp.mean, stats)

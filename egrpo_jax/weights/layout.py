@@ -92,7 +92,8 @@ def published_shapes(layout: Layout, params: Mapping[str, Any]) -> dict[str, tup
 
 def _published_shape(form: Form, leaf: Leaf, flat: Mapping[str, Any]) -> tuple[int, ...]:
     shape = flat[leaf.path].shape if leaf.layer is None else flat[leaf.path].shape[1:]
-    return form.to_published(np.broadcast_to(np.zeros(()), shape)).shape  # takes no memory
+    # One byte, seen as the whole array; forms that join parts copy it, hence the smallest type.
+    return form.to_published(np.broadcast_to(np.zeros((), np.bool_), shape)).shape
 
 
 def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

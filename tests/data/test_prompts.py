@@ -12,6 +12,38 @@ def test_a_text_file(tmp_path):
     assert read_prompts(str(path)) == ["a cat", "ein Bär", "red heart"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "a cat", "other": 1}\n\n"two, dogs"\n'),
+        ("a.json", '["a cat", {"prompt": " two, dogs "}]'),
+        ("a.csv", 'id,Prompt\n1,a cat\n2,"two, dogs"\n3\n'),
+        ("a.TSV", "Prompt\tCategory\na cat\tx\ntwo, dogs\ty\n"),
+    ],
+)
+def test_other_kinds_of_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(str(tmp_path / name)) == ["a cat", "two, dogs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '"a"\n{"text": "b"}', r"entry 2 is .*; expected one JSON value a line: strings, or objects"),
+        ("a.jsonl", '"a"\na cat', "line 2 is no JSON"),
+        ("a.json", '{"prompt": "a"}', "found a dict, no list; expected a JSON list"),
+        ("a.json", "[1]", "entry 1 is '1'"),
+        ("a.csv", "text,id\na cat,1\n", r"found the columns \['text', 'id'\]; expected a table with a column 'prompt'"),
+        ("a.csv", "", "found the columns"),
+        ("a.csv", "prompt\n", "found no prompt"),
+    ],
+)
+def test_other_kinds_of_files_that_are_wrong(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^prompt file .*{name}: {message}"):
+        read_prompts(str(tmp_path / name))
+
+
 def test_built_in_sets_do_not_overlap():
     train, heldout = read_prompts("emoji_train"), read_prompts("emoji_heldout")
     assert len(heldout) == 200

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from egrpo_jax.flow.schedule import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, shifted_times, sigma
+from egrpo_jax.flow.schedule import (
+    Merge,
+    exp_entropy,
+    merge_by_entropy,
+    merges_by_entropy,
+    resolution_shift,
+    shifted_times,
+    sigma,
+)
 
 TIMES = shifted_times(16, 3.0)
 ACTIVE = range(8)
@@ -82,3 +90,13 @@ def test_late_steps_without_a_valid_merge_are_clamped_and_say_so():
 def test_spans_outside_the_grid_are_refused(step, merge):
     with pytest.raises(ValueError, match="leaves the grid"):
         exp_entropy(TIMES, step, merge, 0.7)
+
+
+@pytest.mark.parametrize(("tokens", "shift"), [(256, 1.649), (1024, 1.878), (2025, 2.224), (4096, 3.158)])
+def test_flux_shifts_by_resolution(tokens, shift):
+    np.testing.assert_allclose(resolution_shift(tokens), shift, atol=5e-4)
+
+
+def test_grid_of_the_published_pipeline():
+    expected = [1, 0.9045, 0.7595, 0.5128, 0]
+    np.testing.assert_allclose(shifted_times(4, resolution_shift(4096)), expected, atol=5e-5)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.attention import apply_rope, attention, rope_table
-from egrpo_jax.models.flux import Flux, FluxConfig, layer_norm, position_ids, sinusoid
+from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, layer_norm, position_ids, sinusoid
+from tests.oracle import flux as oracle
 
 SMALL = FluxConfig(
     in_channels=12, num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=16, text_dim=10, pooled_dim=6,
@@ -57,6 +58,63 @@ def test_velocity_is_float32_and_starts_at_zero():
     chex.assert_shape(velocity, (2, 6, 12))
     chex.assert_type(velocity, jnp.float32)
     chex.assert_trees_all_equal(velocity, jnp.zeros_like(velocity))
+
+
+@pytest.mark.parametrize("name", sorted(oracle.CASES))
+def test_against_diffusers(name):
+    """Velocity and its gradients by every input; tests/oracle compares gradients by parameters too."""
+    case, golden = oracle.CASES[name], np.load(oracle.GOLDEN)
+    params, arguments = oracle.params(case), oracle.inputs(case)
+
+    def loss(arguments, params):
+        velocity = oracle.velocity(Flux(case.config), case, params, arguments)
+        return (velocity * oracle.cotangent(case)).sum(), velocity
+
+    gradients, velocity = jax.jit(jax.grad(loss, has_aux=True))(arguments, params)
+    assert relative_error(velocity, golden[f"{name}/velocity"]) <= 1e-5
+    for argument, gradient in gradients.items():
+        assert relative_error(gradient, golden[f"{name}/gradient_{argument}"]) <= 1e-4, argument
+
+
+def relative_error(got, expected):
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("pixels", "tera"), [(512, 21.50), (720, 37.28), (1024, 74.38)])
+def test_published_flops(pixels, tera):
+    flops = forward_flops(FluxConfig(), (pixels // 16) ** 2, 512)
+    tokens = (pixels // 16) ** 2 + 512
+    assert round(flops / 1e12, 2) == tera
+    # Without the vectors that modulate, which do not grow with the tokens.
+    np.testing.assert_allclose(flops, 12.910e9 * tokens + 700_416 * tokens**2, rtol=2e-3)
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("remat", ["projections", "blocks"])
+def test_remat_changes_nothing_but_memory(remat, unroll):
+    args = inputs()
+    variables = randomised(Flux(SMALL), *args)
+    chex.assert_trees_all_equal_structs(Flux(SMALL, remat=remat).init(jax.random.key(0), *args, grid=GRID), variables)
+
+    def loss(variables, remat, unroll):
+        return jnp.square(Flux(SMALL, remat=remat, unroll=unroll).apply(variables, *args, grid=GRID)).sum()
+
+    expected = jax.grad(loss)(variables, "none", 1)
+    gradients = jax.grad(loss)(variables, remat, unroll)
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_remat_keeps_less():
+    args = inputs(text_tokens=64)
+    variables = randomised(Flux(SMALL), *args)
+
+    def kept(remat):
+        model = Flux(SMALL, remat=remat)
+        return sum(
+            leaf.size for leaf in jax.tree.leaves(jax.vjp(lambda v: model.apply(v, *args, grid=GRID), variables)[1])
+        )
+
+    assert kept("none") > 2 * kept("projections") > 4 * kept("blocks")
 
 
 @pytest.mark.parametrize("unroll", [2, 3])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from egrpo_jax.parallel.rules import TRANSFORMER_RULES, sharding, shardings
+from egrpo_jax.parallel.rules import FLUX_RULES, sharding, shardings
 
 MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
 
@@ -25,7 +25,7 @@ MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
     ],
 )
 def test_parameters_of_the_transformer(path, shape, expected):
-    assert sharding(MESH, TRANSFORMER_RULES, path, shape).spec == PartitionSpec(*expected)
+    assert sharding(MESH, FLUX_RULES, path, shape).spec == PartitionSpec(*expected)
 
 
 def test_no_rules_mean_replication():
@@ -35,4 +35,4 @@ def test_no_rules_mean_replication():
 
 def test_a_rule_for_more_axes_than_there_are():
     with pytest.raises(ValueError, match="fewer axes"):
-        sharding(MESH, TRANSFORMER_RULES, "x/kernel", (4,))
+        sharding(MESH, FLUX_RULES, "flow/x/kernel", (4,))

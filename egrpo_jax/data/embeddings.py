@@ -1,0 +1,185 @@
+"""Text embeddings of prompts on disk: made once, read at random.
+
+A folder holds `settings.json` (what the embeddings were made by) and shards. A shard is an ArrayRecord file with one
+record for each prompt, a safetensors blob of its arrays, and a `.jsonl` beside it with the prompts in the same order
+and their SHA-256. A shard appears under its name when it is whole, so that an interrupted job goes on after the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from array_record.python.array_record_module import ArrayRecordWriter
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from egrpo_jax.atomic import atomic_write
+from egrpo_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+"""The arrays of one prompt, or of B prompts with a leading axis B."""
+
+_DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
+
+
+def prompt_hash(prompt: str) -> str:
+    """What tells prompts apart: SHA-256 of the UTF-8 text, in hex."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+class EmbeddingStore:
+    """The embeddings in a folder, as a random-access source: `grain.MapDataset.source(store)` shuffles, batches and
+    iterates with a state that can be saved. `len(store)` prompts; `store[i]` are the arrays of the prompt `i`.
+
+    Attributes:
+      settings: what they were made by.
+      prompts: in the order of the records.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Reads the list of prompts; arrays are read as they are asked for.
+
+        Raises:
+          UserError: no embeddings are there, or they are damaged.
+        """
+        self._folder = Path(folder)
+        self.settings = _read_settings(self._folder)
+        shards = sorted(self._folder.glob("*.arrayrecord"))
+        if not shards:
+            raise UserError(f"found no embeddings in {folder}; make them with python -m egrpo_jax.encode")
+        self.prompts = [prompt for shard in shards for prompt in _shard_prompts(shard)]
+        self._places = {prompt_hash(prompt): place for place, prompt in enumerate(self.prompts)}
+        try:
+            self._records = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"cannot read the embeddings in {folder}: {error}; make them anew") from None
+        if len(self._records) != len(self.prompts):
+            raise UserError(
+                f"{folder} has {len(self.prompts)} prompts and {len(self._records)} embeddings; make them anew"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __contains__(self, prompt: object) -> bool:
+        return isinstance(prompt, str) and prompt_hash(prompt) in self._places
+
+    def __getitem__(self, place: int) -> Arrays:
+        record = self._records[place]
+        try:
+            tensors = safetensors.deserialize(record)
+        except safetensors.SafetensorError as error:
+            raise UserError(
+                f"the embedding of {self.prompts[place]!r} in {self._folder} is damaged ({error}); make them anew"
+            ) from None
+        return {
+            name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            for name, tensor in tensors
+        }
+
+    def lookup(self, prompts: Sequence[str]) -> Arrays:
+        """The arrays of `prompts`, each with leading axis B. Raises KeyError for a prompt that is not there."""
+        records = [self[self._places[prompt_hash(prompt)]] for prompt in prompts]
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+
+def write_embeddings(
+    folder: str | os.PathLike[str],
+    prompts: Iterable[str],
+    encode: Callable[[list[str]], Mapping[str, np.ndarray]],
+    settings: Mapping[str, Any],
+    batch: int,
+    shard_size: int,
+) -> int:
+    """Adds the embeddings of `prompts` to `folder`, each prompt once; what is there already is not made again.
+
+    Args:
+      folder: made if it does not exist.
+      prompts: in any number; repeated ones count once.
+      encode: a list of `batch` prompts to arrays with that leading axis.
+      settings: JSON values that determine the embeddings; those of a folder must not change.
+      batch: prompts encoded at once; the last batch is filled up with its last prompt.
+      shard_size: records in a shard.
+
+    Returns:
+      How many were made.
+
+    Raises:
+      UserError: the folder cannot be written, is damaged or was made with other settings.
+    """
+    folder = Path(folder)
+    _claim(folder, settings)
+    shards = sorted(folder.glob("*.arrayrecord"))
+    done = {prompt_hash(prompt) for shard in shards for prompt in _shard_prompts(shard)}
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt_hash(prompt) not in done]
+    first = int(shards[-1].stem) + 1 if shards else 0
+    with tqdm(total=len(new), desc="encode", unit="prompt") as bar:
+        for number, start in enumerate(range(0, len(new), shard_size), first):
+            part = new[start : start + shard_size]
+            _write_shard(folder / f"{number:05d}.arrayrecord", part, _encoded(part, encode, batch, bar))
+    return len(new)
+
+
+def _encoded(
+    prompts: list[str], encode: Callable[[list[str]], Mapping[str, np.ndarray]], batch: int, bar: tqdm
+) -> Iterator[bytes]:
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        arrays = encode(part + part[-1:] * (batch - len(part)))
+        for row in range(len(part)):
+            yield save({name: np.ascontiguousarray(array[row]) for name, array in arrays.items()})
+        bar.update(len(part))
+
+
+def _write_shard(path: Path, prompts: list[str], records: Iterable[bytes]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    try:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    lines = [json.dumps({"prompt": prompt, "sha256": prompt_hash(prompt)}) for prompt in prompts]
+    atomic_write(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+    unfinished.rename(path)
+
+
+def _shard_prompts(shard: Path) -> list[str]:
+    path = shard.with_suffix(".jsonl")
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        prompts = [line["prompt"] for line in lines]
+        if [prompt_hash(prompt) for prompt in prompts] != [line["sha256"] for line in lines]:
+            raise ValueError("a checksum differs")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; make the embeddings anew") from None
+    return prompts
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "settings.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: {error}; expected a folder of embeddings, made with python -m egrpo_jax.encode"
+        ) from None
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(dict(settings)))
+    if not path.exists():
+        atomic_write(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+    elif (found := _read_settings(folder)) != wanted:
+        raise UserError(f"{folder} holds embeddings made with {found}, now {wanted}; choose another folder")

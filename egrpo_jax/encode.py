@@ -1,0 +1,55 @@
+"""Prompts to text embeddings on disk.
+
+    python -m egrpo_jax.encode --config configs/flux_lora.py --prompt_file prompts.txt --out embeddings
+
+Then `--config.model.flux.embeddings=embeddings` trains and samples without the text encoders. Each prompt is encoded
+once; a job that was interrupted goes on where it was, and prompts can be added later.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from absl import flags
+
+from egrpo_jax import cli
+from egrpo_jax.config import ConfigError, from_config_dict
+from egrpo_jax.data.embeddings import write_embeddings
+from egrpo_jax.data.prompts import read_prompts
+from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.pipelines.flux_files import pipeline_folder
+from egrpo_jax.pipelines.flux_text import FluxTextEncoder
+from egrpo_jax.train_config import TrainConfig
+
+PROMPT_FILE = flags.DEFINE_multi_string(
+    "prompt_file", None, "Prompts: a file (txt, JSONL or CSV) or a built-in set; may be repeated.", required=True
+)
+OUT = flags.DEFINE_string("out", None, "Folder for the embeddings.", required=True)
+BATCH = flags.DEFINE_integer("batch", 8, "Prompts encoded at once.", lower_bound=1)
+SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file; 4 MiB each for FLUX.1-dev.", lower_bound=1)
+
+
+def main() -> None:
+    """Encodes what is not there yet."""
+    config = from_config_dict(TrainConfig, cli.CONFIG.value)
+    if config.model.name != "flux" or config.model.path is None:
+        raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
+    prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
+    options, mesh = config.model.flux, make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        encoder = FluxTextEncoder(
+            pipeline_folder(config.model.path, text=True), options.text_tokens, options.dtype, mesh
+        )
+        made = write_embeddings(
+            OUT.value,
+            prompts,
+            lambda part: {name: np.asarray(array) for name, array in encoder(part)._asdict().items()},
+            encoder.settings,
+            BATCH.value,
+            SHARD_SIZE.value,
+        )
+    print(f"{made} prompts encoded, {len(set(prompts)) - made} were there already: {OUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,179 @@
+"""CLIP's transformer (Radford et al., 2021, arXiv:2103.00020) and its text encoder as pure Flax Linen modules.
+
+`Transformer` is the stack of pre-norm blocks of every CLIP tower; a tower adds what comes before and after it.
+Blocks are scanned: compile time does not grow with depth, and their parameters carry a leading layer axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+
+from egrpo_jax.models.attention import attention
+
+Dtype = Any
+Activation = Literal["quick_gelu", "gelu"]
+
+
+def quick_gelu(x: chex.Array) -> chex.Array:
+    """OpenAI's approximation of GELU, `x * sigmoid(1.702 x)`."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, Callable[[chex.Array], chex.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a stack of blocks, and what is between the two layers of its feed-forward parts."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    activation: Activation
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} must divide width {self.width}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """A text encoder; the defaults are CLIP-L/14, as FLUX.1 has it (123,060,480 parameters).
+
+    Attributes:
+      transformer: sizes of the stack.
+      vocab_size: how many tokens there are.
+      length: the longest sequence.
+      eos_id: the state at the first token of this id is the pooled one; None: the state at the highest id, which is the
+        end of the text in the vocabulary of CLIP.
+    """
+
+    transformer: TransformerConfig = TransformerConfig(768, 12, 12, 3072, "quick_gelu")
+    vocab_size: int = 49_408
+    length: int = 77
+    eos_id: int | None = None
+
+
+class ClipTextFeatures(NamedTuple):
+    """Token states after the final norm, `[B, L, D]`, and the one at the end of the text, `[B, D]`, not projected."""
+
+    states: chex.Array
+    pooled: chex.Array
+
+
+def layer_norm(dtype: Dtype, param_dtype: Dtype, name: str) -> nn.LayerNorm:
+    """CLIP's layer norm, statistics in float32; not by E[x^2] - E[x]^2, which cancels."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """Self-attention, then a feed-forward part, each on the normalised stream and added to it."""
+
+    config: TransformerConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, None]:
+        config = self.config
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        hidden = layer_norm(name="attention_norm", **common)(x)
+        query, key, value = (
+            nn.Dense(config.width, name=name, **common)(hidden).reshape(*x.shape[:2], config.num_heads, -1)
+            for name in ("to_q", "to_k", "to_v")
+        )
+        mixed = attention(query, key, value, mask).reshape(x.shape)
+        x = x + nn.Dense(config.width, name="out", **common)(mixed)
+
+        hidden = nn.Dense(config.mlp_dim, name="mlp_1", **common)(layer_norm(name="mlp_norm", **common)(x))
+        # In float32: rounded once, not after each operation of the activation.
+        hidden = ACTIVATIONS[config.activation](hidden.astype(jnp.float32)).astype(self.dtype)
+        return x + nn.Dense(config.width, name="mlp_2", **common)(hidden), None
+
+
+class Transformer(nn.Module):
+    """The stack of blocks, `[B, N, D]` to `[B, N, D]`.
+
+    Attributes:
+      config: the sizes.
+      dtype: what it computes in.
+      param_dtype: what the parameters are stored in.
+    """
+
+    config: TransformerConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: chex.Array, mask: chex.Array | None = None) -> chex.Array:
+        """Transforms `x`; `mask`, boolean and broadcastable to `[B, H, N, N]`, is False where a key is not seen."""
+        chex.assert_shape(x, (None, None, self.config.width))
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_layers,
+        )
+        return blocks(self.config, self.dtype, self.param_dtype, name="blocks")(x, mask)[0]
+
+
+class ClipText(nn.Module):
+    """CLIP's text encoder, without a projection.
+
+    Attributes:
+      config: the sizes.
+      dtype: what it computes in and returns.
+      param_dtype: what the parameters are stored in.
+    """
+
+    config: ClipTextConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: chex.Array) -> ClipTextFeatures:
+        """Encodes token `ids [B, L]`; tokens see those before them, padding is not masked.
+
+        Raises:
+          ValueError: L is above `config.length`.
+        """
+        config = self.config
+        chex.assert_rank(ids, 2)
+        length = ids.shape[1]
+        if length > config.length:
+            raise ValueError(f"{length} tokens, but there are positions for {config.length}")
+        width = config.transformer.width
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        x = nn.Embed(config.vocab_size, width, name="tokens", **common)(ids)
+        positions = self.param("positions", nn.initializers.normal(0.01), (config.length, width), self.param_dtype)
+        x = x + positions[:length].astype(self.dtype)
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        x = Transformer(config.transformer, name="transformer", **common)(x, causal)
+        states = layer_norm(name="final_norm", **common)(x)
+        last = end_positions(ids, config.eos_id)
+        return ClipTextFeatures(states, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
+
+
+def end_positions(ids: chex.Array, eos_id: int | None) -> chex.Array:
+    """Where each of `ids [B, L]` ends, `[B]`: at the first `eos_id`, or, if that is None, at the first highest id."""
+    return jnp.argmax(ids if eos_id is None else ids == eos_id, axis=-1)
+
+
+def forward_flops(config: TransformerConfig, tokens: int) -> int:
+    """Floating-point operations of the stack over one sequence; a causal mask saves none, norms cost none."""
+    linear = 2 * tokens * (4 * config.width**2 + 2 * config.width * config.mlp_dim)
+    return config.num_layers * (linear + 4 * tokens**2 * config.width)

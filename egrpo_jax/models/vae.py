@@ -1,0 +1,347 @@
+"""The FLUX.1 autoencoder (Black Forest Labs) as pure Flax Linen modules, and its latents.
+
+The architecture is that of `AutoencoderKL` in diffusers without quantisation convolutions. Encoder and decoder are
+separate subtrees of the parameters: reinforcement learning only decodes, and needs to load nothing else.
+Images are `[B, H, W, 3]`, latents `[B, h, w, C]` with h = H / 8, and the flow model sees 2x2 patches of latents as
+tokens: `pack_latents`. `micro_batched` and `tiled` wrap a decoder to bound its memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.models.attention import attention
+
+Dtype = Any
+_BELOW_AND_RIGHT = ((0, 1), (0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """Sizes of an autoencoder, named as in the published config.json; the defaults are FLUX.1 (83,819,683 parameters).
+
+    Attributes:
+      block_out_channels: width of each level, full resolution first; all levels but the last halve height and width.
+      layers_per_block: residual blocks of a level of the encoder; the decoder has one more.
+      latent_channels: C of the latents.
+      norm_num_groups: groups of every group norm.
+      scaling_factor, shift_factor: the flow model's latents are `(z - shift_factor) * scaling_factor`.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {self.block_out_channels}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Rows of pixels for each row of latents."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class _Part(nn.Module):
+    """What all parts of the autoencoder are made of."""
+
+    config: VaeConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    def conv(self, channels: int, name: str, stride: int = 1, padding: Any = 1) -> nn.Conv:
+        """A 3x3 convolution."""
+        return nn.Conv(channels, (3, 3), stride, padding, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+    def dense(self, channels: int, name: str) -> nn.Dense:
+        """A linear layer over channels, which is also a 1x1 convolution."""
+        return nn.Dense(channels, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+    def norm(self, name: str) -> nn.GroupNorm:
+        """Group norm in float32, the following SiLU too: they fuse, and the next layer rounds its input once."""
+        return nn.GroupNorm(
+            self.config.norm_num_groups,
+            epsilon=1e-6,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 cancels
+            name=name,
+        )
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The attributes that a part hands to its own parts."""
+        return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class Resnet(_Part):
+    """A residual block of two convolutions, `[B, H, W, *]` to `[B, H, W, channels]`."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        hidden = self.conv(self.channels, "conv_1")(nn.silu(self.norm("norm_1")(x)))
+        hidden = self.conv(self.channels, "conv_2")(nn.silu(self.norm("norm_2")(hidden)))
+        return hidden + (x if x.shape[-1] == self.channels else self.dense(self.channels, "shortcut")(x))
+
+
+class Level(_Part):
+    """`count` residual blocks at one resolution."""
+
+    channels: int
+    count: int
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        for index in range(self.count):
+            x = Resnet(channels=self.channels, name=f"resnet_{index}", **self.common)(x)
+        return x
+
+
+class SelfAttention(_Part):
+    """Residual attention over all places of `[B, h, w, D]`, with one head."""
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        batch, height, width, channels = x.shape
+        hidden = self.norm("norm")(x).reshape(batch, height * width, channels)
+        query, key, value = (self.dense(channels, name)(hidden)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+        return x + self.dense(channels, "out")(attention(query, key, value).reshape(x.shape))
+
+
+class Middle(_Part):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        x = Resnet(channels=x.shape[-1], name="resnet_0", **self.common)(x)
+        x = SelfAttention(name="attention", **self.common)(x)
+        return Resnet(channels=x.shape[-1], name="resnet_1", **self.common)(x)
+
+
+class Encoder(_Part):
+    """Images `[B, H, W, 3]` to mean and log-variance, joined: `[B, h, w, 2 C]`."""
+
+    @nn.compact
+    def __call__(self, images: chex.Array) -> chex.Array:
+        levels = self.config.block_out_channels
+        x = self.conv(levels[0], "conv_in")(images)
+        for index, channels in enumerate(levels):
+            x = Level(channels=channels, count=self.config.layers_per_block, name=f"down_{index}", **self.common)(x)
+            if index < len(levels) - 1:
+                x = self.conv(channels, f"downsample_{index}", stride=2, padding=_BELOW_AND_RIGHT)(x)
+        x = Middle(name="middle", **self.common)(x)
+        return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("norm_out")(x)))
+
+
+class Decoder(_Part):
+    """Latents `[B, h, w, C]` to images `[B, H, W, 3]`; level 0 is the lowest resolution."""
+
+    @nn.compact
+    def __call__(self, latents: chex.Array) -> chex.Array:
+        levels = self.config.block_out_channels[::-1]
+        x = Middle(name="middle", **self.common)(self.conv(levels[0], "conv_in")(latents))
+        for index, channels in enumerate(levels):
+            x = Level(channels=channels, count=self.config.layers_per_block + 1, name=f"up_{index}", **self.common)(x)
+            if index < len(levels) - 1:
+                x = self.conv(channels, f"upsample_{index}")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv(3, "conv_out")(nn.silu(self.norm("norm_out")(x)))
+
+
+class Vae(nn.Module):
+    """Encoder and decoder; a method needs the parameters of its own half alone, `encoder` or `decoder`.
+
+    Attributes:
+      config: the sizes.
+      dtype: what it computes in; results are returned in float32.
+      param_dtype: what the parameters are stored in.
+    """
+
+    config: VaeConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config, self.dtype, self.param_dtype)
+        self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
+
+    def __call__(self, images: chex.Array) -> chex.Array:
+        """Images `[B, H, W, 3]` in [-1, 1], encoded to the mean and decoded: initialises both halves."""
+        return self.decode(self.encode_moments(images)[0])
+
+    def encode_moments(self, images: chex.Array) -> tuple[chex.Array, chex.Array]:
+        """Mean and log-variance, `[B, h, w, C]` each, of the latents of `images [B, H, W, 3]` in [-1, 1].
+
+        Raises:
+          ValueError: H or W is no multiple of `config.stride`.
+        """
+        chex.assert_shape(images, (None, None, None, 3))
+        if images.shape[1] % self.config.stride or images.shape[2] % self.config.stride:
+            raise ValueError(f"image size {images.shape[1:3]} must be a multiple of {self.config.stride}")
+        mean, logvar = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents: chex.Array) -> chex.Array:
+        """Images `[B, H, W, 3]`, about [-1, 1] but not clipped, of unscaled `latents [B, h, w, C]`."""
+        chex.assert_shape(latents, (None, None, None, self.config.latent_channels))
+        return self.decoder(latents).astype(jnp.float32)
+
+
+def pack_latents(latents: chex.Array) -> chex.Array:
+    """Tokens `[B, h/2 * w/2, 4 C]`, row-major, of `latents [B, h, w, C]`.
+
+    Channel c at place (i, j) of a 2x2 patch becomes channel 4c + 2i + j of its token.
+
+    Raises:
+      ValueError: h or w is odd.
+    """
+    batch, height, width, channels = latents.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"latents of {height}x{width} cannot be cut into patches of 2x2")
+    patches = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return patches.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, 4 * channels)
+
+
+def unpack_latents(tokens: chex.Array, grid: tuple[int, int]) -> chex.Array:
+    """The inverse of `pack_latents`: tokens `[B, N, 4 C]` on a `grid` of (rows, columns) to `[B, h, w, C]`."""
+    rows, columns = grid
+    chex.assert_shape(tokens, (None, rows * columns, None))
+    patches = tokens.reshape(tokens.shape[0], rows, columns, -1, 2, 2)
+    return patches.transpose(0, 1, 4, 2, 5, 3).reshape(tokens.shape[0], 2 * rows, 2 * columns, -1)
+
+
+Coder = Callable[[chex.Array], chex.Array]
+"""One half of an autoencoder with its parameters: images in [-1, 1] to unscaled latents, or back."""
+
+
+def latents_to_images(decode: Coder, latents: chex.Array, grid: tuple[int, int], config: VaeConfig) -> chex.Array:
+    """What the flow model made, as images.
+
+    Args:
+      decode: for instance `lambda z: vae.apply({"params": params}, z, method="decode")`.
+      latents: packed and scaled, `[B, rows * columns, 4 C]`.
+      grid: rows and columns of tokens.
+      config: that of the autoencoder.
+
+    Returns:
+      Images `[B, H, W, 3]`, clipped to [0, 1].
+    """
+    unscaled = unpack_latents(latents, grid) / config.scaling_factor + config.shift_factor
+    return jnp.clip(decode(unscaled) / 2 + 0.5, 0, 1)
+
+
+def images_to_latents(encode: Coder, images: chex.Array, config: VaeConfig) -> chex.Array:
+    """The inverse of `latents_to_images`, as far as `encode` is one of `decode`.
+
+    Args:
+      encode: the mean, `lambda x: vae.apply({"params": params}, x, method="encode_moments")[0]`, or a sample.
+      images: `[B, H, W, 3]` in [0, 1]; H and W are multiples of 2 * `config.stride`.
+      config: that of the autoencoder.
+
+    Returns:
+      Latents, packed and scaled, `[B, N, 4 C]`.
+    """
+    return pack_latents((encode(images * 2 - 1) - config.shift_factor) * config.scaling_factor)
+
+
+def micro_batched(code: Coder, size: int) -> Coder:
+    """`code`, applied to `size` of its inputs at a time; `size` need not divide their number."""
+    return lambda inputs: jax.lax.map(lambda one: code(one[None])[0], inputs, batch_size=size)
+
+
+def tiled(decode: Coder, tile: int = 128) -> Coder:
+    """`decode` for images too large to be decoded at once: tiles that overlap by a quarter, blended linearly.
+
+    The same tiles and weights as `enable_tiling` of diffusers. Group norm and attention see one tile each, hence the
+    image differs from that of `decode`; latents not larger than `tile` are left to `decode`. Tiles at the edges are
+    smaller: up to four shapes, each compiled once if `decode` is jitted.
+
+    Args:
+      decode: `[B, h, w, C]` to `[B, H, W, 3]`.
+      tile: rows and columns of a tile of latents, a multiple of 4; the default is 1024 pixels of FLUX.1.
+    """
+    if tile <= 0 or tile % 4:
+        raise ValueError(f"tile {tile} must be a positive multiple of 4")
+    step = tile * 3 // 4
+
+    def decode_tiles(latents: chex.Array) -> chex.Array:
+        _, height, width, _ = latents.shape
+        if max(height, width) <= tile:
+            return decode(latents)
+        tiles = [
+            [decode(latents[:, top : top + tile, left : left + tile]) for left in range(0, width, step)]
+            for top in range(0, height, step)
+        ]
+        stride = tiles[0][0].shape[1] // min(tile, height)
+        return _join_tiles(tiles, kept=stride * step, overlap=stride * (tile - step))
+
+    return decode_tiles
+
+
+def _join_tiles(tiles: list[list[chex.Array]], kept: int, overlap: int) -> chex.Array:
+    """One image of `tiles`, each blended into the one above, then into its left neighbour, and cut to `kept` pixels."""
+    bands = []
+    above: list[chex.Array] = []
+    for row in tiles:
+        blended: list[chex.Array] = []
+        for column, image in enumerate(row):
+            if above:
+                image = _blend(above[column], image, overlap, axis=1)
+            if blended:
+                image = _blend(blended[-1], image, overlap, axis=2)
+            blended.append(image)
+        bands.append(jnp.concatenate([image[:, :kept, :kept] for image in blended], axis=2))
+        above = blended
+    return jnp.concatenate(bands, axis=1)
+
+
+def _blend(before: chex.Array, after: chex.Array, overlap: int, axis: int) -> chex.Array:
+    """`after`, its first `overlap` pixels along `axis` (or as many as there are) faded in over the last of `before`."""
+    overlap = min(before.shape[axis], after.shape[axis], overlap)
+    shape = [1] * after.ndim
+    shape[axis] = overlap
+    weight = (np.arange(overlap, dtype=np.float32) / overlap).reshape(shape)
+    old = jax.lax.slice_in_dim(before, before.shape[axis] - overlap, None, axis=axis)
+    new, rest = jnp.split(after, [overlap], axis=axis)
+    return jnp.concatenate([old * (1 - weight) + new * weight, rest], axis=axis)
+
+
+def decoder_flops(config: VaeConfig, height: int, width: int) -> int:
+    """Operations of decoding one `[height, width, C]`; a multiply-add is two.
+
+    Counts convolutions, linear layers and attention: 2.51e12 for an image of 512x512 pixels, 10.47e12 for 1024x1024.
+    """
+    levels = config.block_out_channels[::-1]
+    pixels, channels = height * width, levels[0]
+    flops = pixels * _conv_flops(config.latent_channels, channels)
+    flops += pixels * (2 * _resnet_flops(channels, channels) + 8 * channels**2 + 4 * pixels * channels)  # middle
+    for index, out in enumerate(levels):
+        flops += pixels * (_resnet_flops(channels, out) + config.layers_per_block * _resnet_flops(out, out))
+        channels = out
+        if index < len(levels) - 1:
+            pixels *= 4
+            flops += pixels * _conv_flops(channels, channels)
+    return flops + pixels * _conv_flops(channels, 3)
+
+
+def _conv_flops(inputs: int, outputs: int) -> int:
+    return 2 * 9 * inputs * outputs
+
+
+def _resnet_flops(inputs: int, outputs: int) -> int:
+    shortcut = 0 if inputs == outputs else 2 * inputs * outputs
+    return _conv_flops(inputs, outputs) + _conv_flops(outputs, outputs) + shortcut

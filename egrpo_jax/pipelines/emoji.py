@@ -1,0 +1,35 @@
+"""The embedded text-to-emoji model: a small FLUX on 32x32 pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+
+from egrpo_jax.data.emoji_text import encode_prompts
+from egrpo_jax.data.tokenizer import LENGTH
+from egrpo_jax.models.flux import Flux, forward_flops
+from egrpo_jax.models.patches import latents_to_pixels
+from egrpo_jax.pipelines.base import Pipeline
+from egrpo_jax.weights.assets import load_flow
+
+
+def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
+    """The model that comes with the package; `path` is another file of its weights."""
+    flow = load_flow(path)
+    model = Flux(flow.config)
+    tokens = flow.grid[0] * flow.grid[1]
+
+    def velocity(params: Any, latents: chex.Array, time: chex.Array, text: Any) -> chex.Array:
+        return model.apply({"params": params}, latents, time, text.states, text.pooled, grid=flow.grid)
+
+    return Pipeline(
+        velocity=velocity,
+        params=jax.tree.map(jax.numpy.asarray, flow.params),
+        encode=encode_prompts,
+        decode=lambda _, latents: latents_to_pixels(latents, flow.grid, flow.patch),
+        latents_shape=(tokens, flow.config.in_channels),
+        forward_flops=forward_flops(flow.config, tokens, LENGTH),
+    )

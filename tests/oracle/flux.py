@@ -1,0 +1,145 @@
+"""The FLUX.1 transformer of diffusers, small and with random weights: what ours is held against.
+
+`python -m tests.oracle.flux` writes tests/golden/flux.npz.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.models.flux import Flux, FluxConfig, position_ids
+from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
+from egrpo_jax.weights.layout import import_tensors, published_shapes
+from tests.oracle.random_weights import random_tensors
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "flux.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A size of the model and of its inputs."""
+
+    config: FluxConfig
+    grid: tuple[int, int]
+    text_tokens: int
+    batch: int
+
+
+CASES = {
+    "dev": Case(
+        FluxConfig(
+            in_channels=16, num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=32, text_dim=24,
+            pooled_dim=20, axes_dims=(8, 12, 12),
+        ), grid=(4, 6), text_tokens=7, batch=2,
+    ),
+    "schnell": Case(
+        FluxConfig(
+            in_channels=12, num_double_blocks=1, num_single_blocks=2, num_heads=3, head_dim=16, text_dim=20,
+            pooled_dim=28, axes_dims=(4, 6, 6), guidance_embed=False,
+        ), grid=(5, 3), text_tokens=9, batch=3,
+    ),
+    "head_128": Case(
+        FluxConfig(
+            in_channels=64, num_double_blocks=1, num_single_blocks=1, num_heads=2, head_dim=128, text_dim=48,
+            pooled_dim=32, axes_dims=(16, 56, 56),
+        ), grid=(3, 8), text_tokens=5, batch=1,
+    ),
+}  # fmt: skip
+
+
+def inputs(case):
+    """Arguments of the model by name; guidance only where the model takes it."""
+    rng = np.random.default_rng(7)
+    config, batch = case.config, case.batch
+    arrays = {
+        "latents": rng.standard_normal((batch, case.grid[0] * case.grid[1], config.in_channels)),
+        "time": rng.uniform(0.02, 1, batch),
+        "text": rng.standard_normal((batch, case.text_tokens, config.text_dim)),
+        "pooled": rng.standard_normal((batch, config.pooled_dim)),
+    }
+    if config.guidance_embed:
+        arrays["guidance"] = rng.uniform(1, 5, batch)
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def cotangent(case):
+    """What the velocity is multiplied with, before it is summed, wherever gradients are compared."""
+    shape = (case.batch, case.grid[0] * case.grid[1], case.config.in_channels)
+    return np.random.default_rng(8).standard_normal(shape).astype(np.float32)
+
+
+def velocity(model, case, params, arguments):
+    """Our velocity from arguments as `inputs` names them."""
+    return model.apply({"params": params}, **arguments, grid=case.grid)
+
+
+def template(case):
+    """Our parameter tree, shapes alone."""
+    init = lambda: Flux(case.config).init(jax.random.key(0), **inputs(case), grid=case.grid)
+    return jax.eval_shape(init)["params"]
+
+
+def params(case):
+    """Our parameter tree with the weights of `published_model`."""
+    layout = flux_layout(case.config, "diffusers")
+    tensors = random_tensors(published_shapes(layout, template(case)))
+    return jax.tree.map(jnp.asarray, import_tensors(layout, tensors, template(case)))
+
+
+def published_model(config):
+    """diffusers' model; every tensor is determined by its name and shape."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel.from_config(config_to_diffusers(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {name: torch.from_numpy(array) for name, array in random_tensors(shapes).items()}
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def published_velocity(model, case, arguments):
+    """The velocity of diffusers' model, from torch tensors named as ours are."""
+    import torch
+
+    ids = torch.from_numpy(position_ids(case.text_tokens, case.grid)).float()
+    return model(
+        hidden_states=arguments["latents"],
+        encoder_hidden_states=arguments["text"],
+        pooled_projections=arguments["pooled"],
+        timestep=arguments["time"],
+        img_ids=ids[case.text_tokens :],
+        txt_ids=ids[: case.text_tokens],
+        guidance=arguments.get("guidance"),
+        return_dict=False,
+    )[0]
+
+
+def outputs(case):
+    """Velocity and gradients by the inputs, as NumPy arrays; and the model, whose parameters hold theirs."""
+    import torch
+
+    model = published_model(case.config)
+    arguments = {name: torch.from_numpy(array).requires_grad_() for name, array in inputs(case).items()}
+    velocity = published_velocity(model, case, arguments)
+    (velocity * torch.from_numpy(cotangent(case))).sum().backward()
+    gradients = {f"gradient_{name}": tensor.grad.numpy() for name, tensor in arguments.items()}
+    return {"velocity": velocity.detach().numpy(), **gradients}, model
+
+
+def cases():
+    """Every case's arrays by name."""
+    return {name: outputs(case)[0] for name, case in CASES.items()}
+
+
+def main():
+    """Writes the golden file."""
+    arrays = {f"{case}/{name}": array for case, named in cases().items() for name, array in named.items()}
+    np.savez_compressed(GOLDEN, **arrays)
+
+
+if __name__ == "__main__":
+    main()

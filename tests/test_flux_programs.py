@@ -1,0 +1,116 @@
+"""FLUX.1 from its folder through every program and back, on a pipeline in miniature."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from egrpo_jax.metrics import read_metrics
+from tests import programs, tiny_flux
+
+PROMPTS = ["a red cat", "dog 7, 3"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pipeline folder, with two prompts beside it."""
+    folder = tiny_flux.write_pipeline(tmp_path_factory.mktemp("base") / "pipeline")
+    (folder.parent / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+def run(program, config, *arguments):
+    done = programs.run(program, f"--config=tests/tiny_flux.py:{config}", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_folder(folder):
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    return np.stack([np.asarray(Image.open(folder / entry["file"])) for entry in samples])
+
+
+def prompt_file(base):
+    return f"--prompt_file={base.parent / 'prompts.txt'}"
+
+
+def sampled(base, out, config=None, *arguments):
+    run("sample", config or base, prompt_file(base), f"--out={out}", *arguments)
+    return read_folder(out)
+
+
+def trained(base, workdir, config, *arguments):
+    """Two iterations; the workdir."""
+    prompts = base.parent / "prompts.txt"
+    chosen = (f"--config.prompts={prompts}", f"--config.evaluation.prompts={prompts}")
+    run("train", config, f"--workdir={workdir}", *chosen, *arguments)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all(line["ratio/on_policy_deviation"] <= 1e-6 for line in lines[1:])
+    assert all(line["update_norm"] > 0 for line in lines[1:])
+    return workdir
+
+
+def apart(a, b):
+    """The largest difference of two pictures, in grey levels."""
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+@pytest.mark.slow
+def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
+    together = sampled(base, tmp_path / "a", None, "--schedule=pipeline", "--steps=3")
+    alone = sampled(base, tmp_path / "b", None, "--schedule=pipeline", "--steps=3", "--batch=1")
+    assert apart(together, alone) <= 1
+    assert apart(together[0], together[1]) > 20
+    described = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert [entry["prompt"] for entry in described["samples"]] == PROMPTS
+    assert described["steps"] == 3
+    assert described["seed"] == 0
+    np.testing.assert_allclose(described["shift"], 1.5799, atol=1e-4)  # 4 tokens: below FLUX.1's 256
+    assert described["model"]["flux"]["guidance"] == 3.5
+    assert (tmp_path / "a" / "grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_all_weights_are_trained_and_given_back(base, tmp_path):
+    workdir = trained(base, tmp_path / "run", base)
+    expected = sampled(base, tmp_path / "run_images", None, f"--workdir={workdir}")
+    assert apart(expected, sampled(base, tmp_path / "base_images")) > 1
+
+    for form in ("diffusers", "orbax"):
+        run("convert", base, f"--workdir={workdir}", f"--to={form}", f"--out={tmp_path / form}", "--dtype=float32")
+        again = sampled(base, tmp_path / f"{form}_images", None, f"--config.model.flux.transformer={tmp_path / form}")
+        assert apart(again, expected) <= 1, form
+    whole = tmp_path / "whole"
+    run("convert", base, f"--workdir={workdir}", "--to=pipeline", f"--out={whole}", "--dtype=float32")
+    assert apart(sampled(base, tmp_path / "whole_images", whole), expected) <= 1
+    assert (whole / "vae").is_symlink()
+    assert json.loads((whole / "transformer" / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, tmp_path):
+    encoded = ("--shard_size=1", f"--out={tmp_path / 'embeddings'}", prompt_file(base))
+    assert "2 prompts encoded, 0 were there already" in run("encode", base, *encoded)
+    assert "0 prompts encoded, 2 were there already" in run("encode", base, *encoded)
+    without_text = tmp_path / "without_text"
+    shutil.copytree(base, without_text, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    stored = f"--config.model.flux.embeddings={tmp_path / 'embeddings'}"
+
+    lora = f"{without_text},lora"
+    workdir = trained(base, tmp_path / "run", lora, stored)
+    expected = sampled(base, tmp_path / "run_images", lora, stored, f"--workdir={workdir}")
+    on_the_fly = sampled(base, tmp_path / "fly_images", f"{base},lora", f"--workdir={workdir}")
+    assert apart(on_the_fly, expected) <= 1
+    assert apart(sampled(base, tmp_path / "base_images"), expected) > 1
+
+    run("convert", lora, stored, f"--workdir={workdir}", "--to=peft", f"--out={tmp_path / 'adapters'}")
+    file = tmp_path / "adapters" / "pytorch_lora_weights.safetensors"
+    again = sampled(base, tmp_path / "peft_images", f"{base},lora", f"--config.model.flux.lora_weights={file}")
+    assert apart(again, expected) <= 1
+    merged = tmp_path / "merged"
+    run("convert", lora, stored, f"--workdir={workdir}", "--to=diffusers", f"--out={merged}", "--dtype=float32")
+    again = sampled(base, tmp_path / "merged_images", None, f"--config.model.flux.transformer={merged}")
+    assert apart(again, expected) <= 1

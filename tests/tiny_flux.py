@@ -1,0 +1,237 @@
+"""A complete FLUX.1 pipeline folder in miniature, with random weights, laid out exactly like the published ones."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from egrpo_jax.models.clip import ClipText, ClipTextConfig, TransformerConfig
+from egrpo_jax.models.flux import FluxConfig
+from egrpo_jax.models.lora import LoraConfig
+from egrpo_jax.models.t5 import T5Config, T5Encoder
+from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux import FluxOptions
+from egrpo_jax.pipelines.flux_files import transformer_shapes
+from egrpo_jax.rl.optimizer import OptimConfig
+from egrpo_jax.rl.plan import PlanConfig
+from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.train_config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
+from egrpo_jax.weights.clip import clip_text_layout
+from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
+from egrpo_jax.weights.layout import published_shapes
+from egrpo_jax.weights.t5 import t5_layout
+from egrpo_jax.weights.vae import vae_layout
+from tests.oracle.random_weights import random_tensors
+
+TEXT_TOKENS = 12
+SIZE = 32
+MERGES = ["c a", "ca t</w>", "r e", "re d</w>", "h e", "d o", "do g</w>"]
+PIECES = ["▁cat", "▁red", "▁a", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789,.-"]
+
+VAE = VaeConfig(
+    block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.8
+)
+T5 = T5Config(vocab_size=64, width=24, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32)
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CLIP_TOKENS = [
+    *BYTES,
+    *(byte + "</w>" for byte in BYTES),
+    *(merge.replace(" ", "") for merge in MERGES),
+    "<|startoftext|>",
+    "<|endoftext|>",
+]
+CLIP = ClipTextConfig(TransformerConfig(20, 2, 2, 40, "quick_gelu"), vocab_size=len(CLIP_TOKENS))
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.42.1",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def get_config(folder):
+    """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters."""
+    path, _, lora = folder.partition(",")
+    return train_config(
+        TrainConfig(
+            name="tiny_flux",
+            num_iterations=2,
+            prompts_per_iteration=2,
+            model=ModelConfig(
+                name="flux",
+                path=path,
+                flux=FluxOptions(
+                    height=SIZE,
+                    width=SIZE,
+                    text_tokens=TEXT_TOKENS,
+                    lora=LoraConfig(rank=2, alpha=4.0) if lora else None,
+                    dtype="float32",
+                    decode_batch=3,
+                ),
+            ),
+            rewards=RewardsConfig(train=("tests.toy:brightness",)),
+            plan=PlanConfig(num_steps=4, group_size=3),
+            learner=LearnerConfig(micro_batch=1),
+            optim=OptimConfig(learning_rate=1e-2),
+            evaluation=EvaluationConfig(prompts="emoji_heldout", every=2, batch=4, shown=2),
+            checkpoint=CheckpointConfig(every=1),
+        )
+    )
+
+
+def flux_config(guidance=True):
+    return FluxConfig(
+        in_channels=16, num_double_blocks=2, num_single_blocks=2, num_heads=2, head_dim=16, text_dim=24, pooled_dim=20,
+        guidance_embed=guidance, axes_dims=(4, 6, 6),
+    )  # fmt: skip
+
+
+def write_pipeline(folder, guidance=True):
+    """Writes the folder and returns it."""
+    config = flux_config(guidance)
+    write_json(folder / "model_index.json", INDEX)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_model(
+        folder / "transformer",
+        "diffusion_pytorch_model",
+        config_to_diffusers(config),
+        published_shapes(flux_layout(config, "diffusers"), transformer_shapes(config)),
+    )
+    images = jnp.zeros((1, SIZE, SIZE, 3))
+    vae = jax.eval_shape(lambda: Vae(VAE).init(jax.random.key(0), images))["params"]
+    write_model(
+        folder / "vae", "diffusion_pytorch_model", vae_json(), published_shapes(vae_layout(VAE, "diffusers"), vae)
+    )
+    write_model(folder / "text_encoder", "model", clip_json(), shapes(ClipText(CLIP), clip_text_layout(CLIP)))
+    write_model(folder / "text_encoder_2", "model", t5_json(), shapes(T5Encoder(T5), t5_layout(T5)))
+    write_clip_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_2")
+    return folder
+
+
+def shapes(model, layout):
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+    return published_shapes(layout, params)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_model(folder, stem, config, tensor_shapes):
+    write_json(folder / "config.json", config)
+    tensors = {name: np.ascontiguousarray(value) for name, value in random_tensors(tensor_shapes).items()}
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def vae_json():
+    levels = len(VAE.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(VAE.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": VAE.latent_channels,
+        "latents_mean": None,
+        "latents_std": None,
+        "layers_per_block": VAE.layers_per_block,
+        "mid_block_add_attention": True,
+        "norm_num_groups": VAE.norm_num_groups,
+        "sample_size": SIZE,
+        "scaling_factor": VAE.scaling_factor,
+        "shift_factor": VAE.shift_factor,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+
+
+def clip_json():
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": CLIP.transformer.width,
+        "num_hidden_layers": CLIP.transformer.num_layers,
+        "num_attention_heads": CLIP.transformer.num_heads,
+        "intermediate_size": CLIP.transformer.mlp_dim,
+        "hidden_act": CLIP.transformer.activation,
+        "vocab_size": CLIP.vocab_size,
+        "max_position_embeddings": CLIP.length,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": CLIP.transformer.width,
+    }
+
+
+def t5_json():
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_model": T5.width,
+        "d_kv": T5.head_dim,
+        "d_ff": T5.mlp_dim,
+        "num_heads": T5.num_heads,
+        "num_layers": T5.num_layers,
+        "vocab_size": T5.vocab_size,
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": T5.num_buckets,
+        "relative_attention_max_distance": T5.max_distance,
+        "layer_norm_epsilon": 1e-6,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def write_clip_tokenizer(folder):
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(CLIP_TOKENS)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", "utf-8")
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    names["pad_token"] = "<|endoftext|>"
+    write_json(folder / "special_tokens_map.json", names)
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP.length, **names}
+    )
+
+
+def write_t5_tokenizer(folder):
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -2.0 - 0.1 * i) for i, p in enumerate(PIECES))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_json(folder / "special_tokens_map.json", names)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "extra_ids": 0, **names},
+    )
