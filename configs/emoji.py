@@ -1,7 +1,7 @@
 """E-GRPO on the embedded text-to-emoji flow model, the whole method on a laptop.
 
     python -m egrpo_jax.train --config configs/emoji.py          # trains on the robust reward tower
-    python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on the weak tower
+    python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on a tower with a flaw, and shows hacking
 
 Hardware: 2 CPU cores are enough, and then a run takes about 5 minutes. What to expect: docs/results/emoji.md.
 """
@@ -32,7 +32,13 @@ EMOJI = TrainConfig(
 VARIANTS = {
     "": EMOJI,
     "hack": dataclasses.replace(
-        EMOJI, name="emoji_hack", rewards=RewardsConfig(train=("emoji_weak",), heldout=("emoji", *JUDGES))
+        EMOJI,
+        name="emoji_hack",
+        num_iterations=50,
+        rewards=RewardsConfig(train=("emoji_weak",), heldout=("emoji", *JUDGES)),
+        learner=LearnerConfig(schedule="per_active_step", clip_range=1e-3),
+        optim=OptimConfig(learning_rate=1e-4, b2=0.99),
+        evaluation=EvaluationConfig(every=10),
     ),
 }
 

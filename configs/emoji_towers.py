@@ -14,7 +14,7 @@ JOBS = {
     "text": TextJob(),
     "reward": TowerJob("reward", "conv", 40, "generator", Optim(steps=900, batch_size=128, weight_decay=0.05), seed=1),
     "judge": TowerJob("judge", "mixer", 128, "augment", Optim(steps=900, batch_size=128, weight_decay=0.05), seed=2),
-    "weak": TowerJob("weak", "conv", 40, "weak", Optim(steps=500, batch_size=128, weight_decay=0.05), seed=3),
+    "weak": TowerJob("weak", "conv", 40, "cast", Optim(steps=250, batch_size=64, weight_decay=0.05), seed=3),
 }
 
 

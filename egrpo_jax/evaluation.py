@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from egrpo_jax.atomic import atomic_write
 from egrpo_jax.errors import UserError
@@ -42,7 +43,8 @@ class Sampler:
     def __call__(self, params: Any, prompts: Sequence[str], key: jax.Array) -> np.ndarray:
         """Images `[P, H, W, 3]` in [0, 1]. A prompt's noise depends on `key` and its place alone."""
         parts = []
-        for start in range(0, len(prompts), self._batch):
+        starts = range(0, len(prompts), self._batch)
+        for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + self._batch])
             # One shape for all batches: the last one is filled up, and cut off again.
             filled = part + part[-1:] * (self._batch - len(part))

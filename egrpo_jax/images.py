@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from egrpo_jax.checkpoint import atomic_write
+from egrpo_jax.atomic import atomic_write
 
 _GAP = 8
 _FONT_SIZE = 15
@@ -19,6 +19,10 @@ _LINE = 19
 _DESCENT = 4
 _MAX_LINES = 3
 _SMALL_SIDE = 160
+_BAND = 8
+_PAIR_GAP = 4
+_LABEL_SIZE = 24
+_MARGIN = 36
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
@@ -42,20 +46,35 @@ def grid(
     return _arrange([_with_caption(tile, text) for tile, text in _captioned(tiles, captions)], columns)
 
 
-def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str]) -> Image.Image:
-    """Pairs of images side by side, labelled, each pair above its caption, as many to a row as there are rows.
+def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str], title: str = "") -> Image.Image:
+    """Bands of up to eight images before, the same after below them, and the captions underneath.
 
     Args:
       before: [B, H, W, 3] in [0, 1].
       after: [B, H, W, 3] in [0, 1].
       captions: B texts.
+      title: stands above, and should say how the images were chosen.
     """
-    pairs = [
-        _arrange([_with_caption(old, "before"), _with_caption(new, "after")], columns=2, gap=2)
-        for old, new in zip(_tiles(before, None), _tiles(after, None), strict=True)
+    old, new = _tiles(before, None), _tiles(after, None)
+    columns = [
+        _with_caption(stack([first, second], gap=_PAIR_GAP), text)
+        for first, second, text in zip(old, new, captions, strict=True)
     ]
-    tiles = [_with_caption(pair, text) for pair, text in _captioned(pairs, captions)]
-    return _arrange(tiles, columns=math.ceil(math.sqrt(len(tiles))), gap=2 * _GAP)
+    bands = [
+        _with_row_labels(_arrange(columns[start : start + _BAND], _BAND), old[0].height)
+        for start in range(0, len(columns), _BAND)
+    ]
+    return stack([_heading(title, bands[0].width), *bands] if title else bands)
+
+
+def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """Images one below the other on white, flush left, `gap` pixels apart."""
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    sheet, top = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height + gap
+    return sheet
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
@@ -87,6 +106,25 @@ def _with_caption(tile: Image.Image, text: str) -> Image.Image:
     draw = ImageDraw.Draw(result)
     for row, line in enumerate(lines):
         draw.text((tile.width / 2, tile.height + _LINE * row + 2), line, fill="black", font=font, anchor="ma")
+    return result
+
+
+def _with_row_labels(band: Image.Image, row_height: int) -> Image.Image:
+    """`band` with "before" and "after", read upwards, left of its two rows of images."""
+    font = ImageFont.load_default(_LABEL_SIZE)
+    result = Image.new("RGB", (_MARGIN + band.width, band.height), "white")
+    result.paste(band, (_MARGIN, 0))
+    for row, word in enumerate(("before", "after")):
+        label = Image.new("RGB", (row_height, _MARGIN), "white")
+        ImageDraw.Draw(label).text((row_height / 2, _MARGIN / 2), word, fill="black", font=font, anchor="mm")
+        result.paste(label.rotate(90, expand=True), (0, _GAP + row * (row_height + _PAIR_GAP)))
+    return result
+
+
+def _heading(text: str, width: int) -> Image.Image:
+    result = Image.new("RGB", (width, 2 * _LABEL_SIZE), "white")
+    font = ImageFont.load_default(_LABEL_SIZE)
+    ImageDraw.Draw(result).text((_MARGIN + _GAP, _LABEL_SIZE), text, fill="black", font=font, anchor="lm")
     return result
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from egrpo_jax.checkpoint import atomic_write
+from egrpo_jax.atomic import atomic_write
 from egrpo_jax.flow.schedule import Times, exp_entropy
 
 if TYPE_CHECKING:

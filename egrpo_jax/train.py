@@ -230,8 +230,8 @@ def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False)
     with jax.set_mesh(mesh), PreemptionGuard() as guard:
         job, trained = make_job(config, mesh)
         claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
-        # A restarted run compiles nothing anew.
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        if jax.config.jax_compilation_cache_dir is None:  # a restarted run compiles nothing anew
+            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
         print(describe(job.plan), flush=True)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         start = first_progress(trained, job.optimizer, config)

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from egrpo_jax.errors import UserError
-from egrpo_jax.images import before_after, grid, save_png, to_uint8
+from egrpo_jax.images import before_after, grid, save_png, stack, to_uint8
 
 
 def flat(*values, size=32):
@@ -59,16 +59,34 @@ def test_a_word_wider_than_its_image_is_cut():
     assert (image < 60).any()
 
 
-def test_before_is_left_of_after():
+def test_before_is_above_after():
     sheet = np.asarray(before_after(flat(0.2, 0.4), flat(0.6, 0.8), ["one", "two"]))
     centres = {}
     for value in (51, 102, 153, 204):
         pixels = np.argwhere((sheet == value).all(axis=-1))
         assert len(pixels) >= 160 * 160
         centres[value] = np.median(pixels, axis=0)
-    assert centres[51][0] == centres[153][0]
-    assert centres[153][1] - centres[51][1] > 160
-    assert centres[102][1] - centres[153][1] > 160  # the second pair is right of the first
+    assert centres[51][1] == centres[153][1]
+    assert centres[153][0] - centres[51][0] > 160
+    assert centres[102][1] - centres[51][1] > 160  # the second pair is right of the first
+
+
+def test_many_pairs_fill_bands_under_a_title():
+    pairs = before_after(flat(*[0.5] * 8), flat(*[0.5] * 8), [""] * 8)
+    more = before_after(flat(*[0.5] * 9), flat(*[0.5] * 9), [""] * 9)
+    titled = before_after(flat(*[0.5] * 8), flat(*[0.5] * 8), [""] * 8, "evenly spread")
+    assert more.size == (pairs.width, 2 * pairs.height)
+    assert (titled.width, titled.height - pairs.height) == (pairs.width, 48)
+    assert len(dark_rows(titled.crop((0, 0, titled.width, 48)), 0, titled.width)) > 10
+    assert len(dark_rows(pairs, 0, 36)) > 40
+
+
+def test_stack_puts_images_below_one_another():
+    sheet = np.asarray(stack([grid(flat(0.2), 1), grid(flat(0.6, 0.6), 2)], gap=10))
+    assert sheet.shape == (180 + 10 + 180, 344, 3)
+    assert (sheet[8:168, 8:168] == 51).all()
+    assert (sheet[198:358, 8:168] == 153).all()
+    assert (sheet[:180, 176:] == 255).all()
 
 
 def test_wrong_shapes():

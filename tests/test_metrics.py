@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from egrpo_jax.errors import UserError
-from egrpo_jax.metrics import MetricsWriter, PhaseTimer, paired_interval, peak_device_memory, read_metrics
+from egrpo_jax.metrics import MetricsWriter, PhaseTimer, paired_interval, peak_device_memory, peak_flops, read_metrics
 
 
 def write_run(workdir, resume_step, iterations):
@@ -163,3 +163,11 @@ def test_peak_memory(monkeypatch):
     ):
         monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [Device(values) for values in stats])
         assert peak_device_memory() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)],
+)
+def test_peak_of_known_chips(kind, peak):
+    assert peak_flops(kind) == peak

@@ -11,6 +11,7 @@ import pytest
 
 from egrpo_jax.config import ConfigError
 from egrpo_jax.data.tokenizer import load_tokenizer
+from egrpo_jax.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining import corruption, flow, text, towers
@@ -61,7 +62,7 @@ def test_values_out_of_range_name_their_key(make, key):
         make()
 
 
-@pytest.mark.parametrize("name", ["generator", "augment", "weak"])
+@pytest.mark.parametrize("name", ["generator", "augment", "weak", "cast"])
 def test_corruptions_stay_images_and_are_deterministic(name):
     images = jax.random.uniform(jax.random.key(0), (64, 32, 32, 3))
     corrupt = corruption.CORRUPTIONS[name]
@@ -134,6 +135,35 @@ def test_an_absorbed_scale_leaves_the_velocity_as_it_was():
     absorbed = {"params": flow.absorb_scale(params["params"], 7.0)}
     np.testing.assert_allclose(velocity(absorbed, pooled), velocity(params, 7.0 * pooled), rtol=1e-3, atol=1e-4)
     assert not np.allclose(velocity(params, pooled), velocity(params, 7.0 * pooled), rtol=1e-2)
+
+
+def small_flux(blocks, seed):
+    """A FLUX of width 8, its parameters moved off adaLN-zero if `seed` is not 0, and its velocity of fixed input."""
+    sizes = {"num_heads": 1, "head_dim": 8, "axes_dims": (4, 2, 2), "text_dim": 3, "pooled_dim": 5}
+    model = Flux(FluxConfig(4, *blocks, guidance_embed=False, **sizes))
+    inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 4, 4), (2, 2, 3), (2, 5)])]
+    velocity = lambda params: model.apply(
+        {"params": params}, inputs[0], jnp.full(2, 0.5), inputs[1], inputs[2], grid=(2, 2)
+    )
+    params = model.init(jax.random.key(seed), inputs[0], jnp.ones(2), inputs[1], inputs[2], grid=(2, 2))["params"]
+    return jax.tree.map(lambda x: x + 0.1 * (seed != 0), params), velocity
+
+
+def test_a_grown_flow_begins_as_the_smaller_one():
+    smaller, velocity = small_flux((1, 2), seed=1)
+    initial, velocity_of_grown = small_flux((2, 3), seed=0)
+    grown = flow.grown(initial, smaller, "smaller")
+    assert jax.tree.map(jnp.shape, grown) == jax.tree.map(jnp.shape, initial)
+    assert abs(velocity(smaller)).max() > 0.1
+    np.testing.assert_allclose(velocity_of_grown(grown), velocity(smaller), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 2)])
+def test_a_flow_grows_from_no_other_sizes(blocks):
+    wide = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=-1), small_flux((1, 1), seed=1)[0])
+    smaller = wide if blocks == (1, 1) else small_flux(blocks, seed=1)[0]
+    with pytest.raises(UserError, match=r"^some/flow: .* has the shape .*expected"):
+        flow.grown(small_flux((1, 2), seed=0)[0], smaller, "some/flow")
 
 
 @pytest.mark.slow

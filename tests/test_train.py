@@ -64,6 +64,7 @@ def test_what_a_run_leaves(finished):
         *("loss", "ratio/mean", "ratio/max_deviation", "ratio/on_policy_deviation", "clip/high", "clip/low", "kl"),
         *("advantage/std", "advantage/max", "grad_norm", "update_norm", "learning_rate", "skipped_updates"),
         *("seconds/rollout", "seconds/decode", "seconds/reward", "seconds/update", "images_per_second"),
+        "reward/tests.toy:brightness/mean",
         *(f"reward/tests.toy:slow_brightness/{what}" for what in ("mean", "std", "std_step_0", "std_step_1")),
     }
     assert all(expected <= line.keys() for line in lines[1:])

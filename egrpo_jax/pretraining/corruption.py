@@ -107,4 +107,9 @@ def weak(key: chex.PRNGKey, images: chex.Array) -> chex.Array:
     return jnp.clip(noise(keys[0], shift(keys[1], images, 1), 0.02), 0, 1)
 
 
-CORRUPTIONS: dict[str, Corruption] = {"generator": generator, "augment": augment, "weak": weak}
+def cast(key: chex.PRNGKey, images: chex.Array) -> chex.Array:
+    """Shifts by one pixel, and in every image the green is a third too weak, as from a camera that is badly set."""
+    return shift(key, images, 1) * jnp.array([1.0, 0.67, 1.0])
+
+
+CORRUPTIONS: dict[str, Corruption] = {"generator": generator, "augment": augment, "weak": weak, "cast": cast}

@@ -13,12 +13,14 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from egrpo_jax.config import ConfigError
 from egrpo_jax.data.emoji import IMAGE_SIZE, catalogue, heldout_names, render
 from egrpo_jax.data.emoji_text import encode_prompts
+from egrpo_jax.errors import UserError
 from egrpo_jax.flow.schedule import shifted_times
 from egrpo_jax.flow.solver import VelocityFn, solve
 from egrpo_jax.models.flux import Flux, FluxConfig
@@ -27,7 +29,7 @@ from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining.loop import Optim, count, fit, rounded
 from egrpo_jax.pretraining.towers import LICENSE
 from egrpo_jax.rewards import load_reward
-from egrpo_jax.weights.assets import save_asset
+from egrpo_jax.weights.assets import load_asset, save_asset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class FlowJob:
     """Flow matching of the embedded model.
 
     Attributes:
+      start_from: file of a smaller flow, written by an earlier job, to go on from; blocks that it lacks are added.
       num_heads, num_double_blocks, num_single_blocks: sizes of the model; a head has 32 channels.
       patch: pixels on a side of an image token.
       shift: of the training times; see `flow.schedule.shifted_times`.
@@ -44,6 +47,7 @@ class FlowJob:
 
     kind: Literal["flow"] = "flow"
     seed: int = 0
+    start_from: str | None = None
     num_heads: int = 4
     num_double_blocks: int = 1
     num_single_blocks: int = 3
@@ -119,6 +123,8 @@ def train(job: FlowJob, output: str | os.PathLike[str]) -> dict[str, float]:
     init_key, fit_key, test_key = jax.random.split(jax.random.key(job.seed), 3)
     first = jax.tree.map(lambda array: array[:1], text)
     params = model.init(init_key, latents[:1], jnp.ones(1), first.states, first.pooled, grid=grid)["params"]
+    if job.start_from is not None:
+        params = grown(params, absorb_scale(load_asset(job.start_from)[0], 1 / scale), job.start_from)
     evaluate = _evaluation(velocity_fn, latents.shape[1:], grid, job.patch, test_key)
     metadata = {"config": dataclasses.asdict(config), "patch": job.patch, "grid": grid, "license": LICENSE}
     for step, average in fit(loss_fn, params, (latents, text), job.optim, fit_key):
@@ -138,6 +144,27 @@ def absorb_scale(params: Any, scale: float) -> Any:
     path = ("pooled_in", "linear_1", "kernel")
     flat = flatten_dict(params)
     return unflatten_dict(flat | {path: flat[path] * scale})
+
+
+def grown(params: Any, smaller: Any, source: str) -> Any:
+    """Freshly initialised `params` with the weights of a `smaller` flow put in: the velocity is the smaller flow's.
+
+    Blocks that the smaller flow lacks come after its own, and adaLN-zero starts them as the identity.
+
+    Raises:
+      UserError: the flow, read from `source`, differs in more than the number of blocks.
+    """
+    flat, known = flatten_dict(params), flatten_dict(smaller)
+    for path, initial in flat.items():
+        found = known.get(path, np.zeros(0))
+        stacked = path[0] in ("double_blocks", "single_blocks")
+        if found.shape[stacked:] != initial.shape[stacked:] or len(found) > len(initial):
+            raise UserError(
+                f"{source}: {'/'.join(path)} has the shape {found.shape}, expected {initial.shape} (of blocks, fewer "
+                "will do); choose the sizes of that flow"
+            )
+        flat[path] = jnp.concatenate([found, initial[len(found) :]])
+    return unflatten_dict(flat)
 
 
 def _model_config(job: FlowJob, latents: chex.Array, text: TextFeatures) -> FluxConfig:

@@ -31,7 +31,7 @@ class TowerJob:
     name: Literal["reward", "judge", "weak"]
     trunk: Literal["conv", "mixer"]
     width: int
-    corruption: Literal["generator", "augment", "weak"]
+    corruption: Literal["generator", "augment", "weak", "cast"]
     optim: Optim
     kind: Literal["tower"] = "tower"
     seed: int = 0

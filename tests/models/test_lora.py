@@ -153,15 +153,16 @@ def test_fresh_adapters_are_gaussian_and_change_nothing():
             assert abs(float(jnp.vdot(leaf[0], leaf[1]))) < 0.2 * float(jnp.vdot(leaf[0], leaf[0]))  # layers differ
     a = flatten_dict(lora, sep="/")["double_blocks/image_qkv/to_q/a"]
     assert float(jnp.abs(a - lora["double_blocks"]["image_qkv"]["to_k"]["a"]).max()) > 0.01
-    chex.assert_trees_all_close(velocity(params, lora, 2.0), base_velocity(params), atol=1e-6)
+    fresh = init_lora(jax.random.key(3), params, EVERYWHERE)
+    chex.assert_trees_all_close(velocity(params, fresh, 1.5), base_velocity(params), atol=1e-6)
 
 
 def test_without_the_collection_it_is_the_base_model_bit_for_bit():
     params = random_params()
     base = base_velocity(params)
-    reference = jax.jit(functools.partial(apply_lora, Flux(SMALL), grid=GRID, scale=2.0))
+    reference = jax.jit(functools.partial(apply_lora, Flux(SMALL), grid=GRID, scale=1.5))
     chex.assert_trees_all_equal(reference({"params": params}, *inputs()), base)
-    assert float(jnp.abs(velocity(params, random_lora(params, EVERYWHERE), 2.0) - base).max()) > 0.1
+    assert float(jnp.abs(velocity(params, random_lora(params, EVERYWHERE), 1.5) - base).max()) > 0.1
 
 
 @pytest.mark.parametrize("layer", [nn.Dense, Linear])
@@ -216,11 +217,12 @@ def test_bfloat16_adapters_run_in_bfloat16():
     assert float(jnp.abs(velocity(params, lora, 1.5, model) - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
-def test_gradients_by_the_chain_rule():
+@pytest.mark.parametrize("remat", ["none", "projections", "blocks"])
+def test_gradients_by_the_chain_rule(remat):
     """Of W + s A B: the gradient by A is s G B^T and by B is s A^T G, where G is the base model's by W."""
     params, scale = random_params(), EVERYWHERE.scale
     lora = random_lora(params, EVERYWHERE)
-    got = flatten_dict(jax.grad(loss, argnums=1)(params, lora, scale), sep="/")
+    got = flatten_dict(jax.grad(loss, argnums=1)(params, lora, scale, Flux(SMALL, remat=remat)), sep="/")
     base_loss = lambda params: jnp.square(base_velocity(params) - 1).mean()
     by_kernel = flatten_dict(jax.grad(base_loss)(merge_lora(params, lora, scale)), sep="/")
     flat = flatten_dict(lora, sep="/")

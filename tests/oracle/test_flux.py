@@ -13,6 +13,7 @@ from egrpo_jax.weights.flux import flux_layout  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
 from tests.oracle import flux as oracle  # noqa: E402
 
+torch.set_num_threads(1)  # threads that wait for one another are slow where tests run side by side
 cases = pytest.mark.parametrize("name", sorted(oracle.CASES))
 
 

@@ -1,4 +1,4 @@
-"""Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG OUT DATA FSDP`."""
+"""Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR`."""
 
 import dataclasses
 import importlib.util
@@ -17,13 +17,14 @@ from egrpo_jax.train import make_job, make_steps, run_iteration
 from egrpo_jax.train_config import TrainConfig
 
 
-def main(config_file, out, data, fsdp):
+def main(config_file, out, *axes):
+    config_file, _, argument = config_file.partition(":")
     spec = importlib.util.spec_from_file_location("config_file", config_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = module.get_config(argument) if argument else module.get_config()
     config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = 8, 4, 3
-    config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(data=int(data), fsdp=int(fsdp)))
+    config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(*map(int, axes)))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         job, trained = make_job(config, mesh)

@@ -10,12 +10,14 @@ import pytest
 
 from egrpo_jax.config import ConfigError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny_flux
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(config, out, devices, data, fsdp):
-    command = [sys.executable, "-m", "tests.parallel.run_iterations", config, str(out), str(data), str(fsdp)]
+def run(config, out, *axes):
+    command = [sys.executable, "-m", "tests.parallel.run_iterations", config, str(out), *map(str, axes)]
+    devices = int(np.prod(axes))
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -29,11 +31,22 @@ def test_samples_and_parameters_after_three_updates_do_not_depend_on_the_devices
     one = run(config, tmp_path / "one.npz", 1, 1, 1)
     again = run(config, tmp_path / "again.npz", 1, 1, 1)
     assert all((one[name] == again[name]).all() for name in one)  # a rerun is bit-identical
-    for data, fsdp in ((8, 1), (4, 2)):
-        other = run(config, tmp_path / f"{data}.npz", 8, data, fsdp)
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            np.testing.assert_allclose(other[name], value, atol=1e-5, err_msg=name)
+    for axes in ((8, 1, 1), (4, 2, 1)):
+        assert_same(run(config, tmp_path / f"{axes[0]}.npz", *axes), one)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["", ",lora"])
+def test_flux_with_sharded_parameters(tmp_path, lora):
+    folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
+    config = f"tests/tiny_flux.py:{folder}{lora}"
+    assert_same(run(config, tmp_path / "eight.npz", 2, 2, 2), run(config, tmp_path / "one.npz", 1, 1, 1))
 
 
 def test_meshes_that_do_not_fit_the_devices():

@@ -178,3 +178,16 @@ def test_warmup():
 def test_wrong_configs_name_the_key(cls, changes, key):
     with pytest.raises(ConfigError, match=rf"^config\.{key}: found "):
         cls(**changes)
+
+
+def test_storage_of_the_optimizer():
+    """bfloat16 for the first moment where asked; the second, and all arithmetic, float32 even for bfloat16 weights."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    optim = OptimConfig(learning_rate=1e-3, first_moment_dtype="bfloat16")
+    state, stats = run(LearnerConfig(micro_batch=2), optim, params=half)
+    ((_, mu),) = optax.tree.get_all_with_path(state.opt_state, "mu")
+    ((_, nu),) = optax.tree.get_all_with_path(state.opt_state, "nu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(mu)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nu)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert float(stats.update_norm[0]) > 0
