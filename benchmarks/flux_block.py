@@ -8,11 +8,11 @@ On a GPU, FLUX.1-dev with random bfloat16 weights at 720 and 1024 pixels square,
 
     python benchmarks/flux_block.py --size=dev --pixels=720,1024 --batch=1,2,4,8 --remat=blocks
 
-needs the `oracle` extra; without PyTorch for the device, `--peer=false` measures ours alone. Outputs are compared before
-anything is timed. Rounds alternate, so that what else the machine does falls on both. Printed for each setting: the median
-and the minimum of seconds, the ratio ours / theirs of either, images (velocities) a second, and on a GPU the share of a
-measured matrix product's rate that the model's own operations reach (three times the forward pass with the backward pass;
-what is computed again is not counted).
+needs the `oracle` extra; without PyTorch for the device, `--peer=false` measures ours alone. Outputs are compared
+before anything is timed. Rounds alternate, so that what else the machine does falls on both. Printed for each setting:
+the median and the minimum of seconds, the ratio ours / theirs of either, images (velocities) a second, and on a GPU the
+share of a measured matrix product's rate that the model's own operations reach (three times the forward pass with the
+backward pass; what is computed again is not counted).
 """
 
 from __future__ import annotations

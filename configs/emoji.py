@@ -26,7 +26,7 @@ EMOJI = TrainConfig(
     learner=LearnerConfig(schedule="per_active_step", ema_decay=0.9),
     # At twice this rate the noise of the updates undoes within 50 iterations what they gain.
     optim=OptimConfig(learning_rate=5e-5, b2=0.99),
-    evaluation=EvaluationConfig(every=20),
+    evaluation=EvaluationConfig(every=20, kept=200),
 )
 
 VARIANTS = {
@@ -38,7 +38,7 @@ VARIANTS = {
         rewards=RewardsConfig(train=("emoji_weak",), heldout=("emoji", *JUDGES)),
         learner=LearnerConfig(schedule="per_active_step", clip_range=1e-3),
         optim=OptimConfig(learning_rate=1e-4, b2=0.99),
-        evaluation=EvaluationConfig(every=10),
+        evaluation=EvaluationConfig(every=10, kept=200),
     ),
 }
 

@@ -55,7 +55,7 @@ class Sampler:
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: its iteration, each reward's scores `[P]`, and the images to show, uint8 `[S, H, W, 3]`."""
+    """One evaluation: its iteration, each reward's scores `[P]`, and the images it keeps, uint8 `[S, H, W, 3]`."""
 
     iteration: int
     scores: dict[str, np.ndarray]
@@ -98,17 +98,17 @@ def load_evaluations(workdir: Path, last: int, rewards: Iterable[str], num_promp
     return evaluations
 
 
-def shown_places(num_prompts: int, shown: int) -> np.ndarray:
-    """Which prompts go on the picture grids: at most `shown`, evenly spread, so that every kind of prompt is seen."""
-    return np.unique(np.linspace(0, num_prompts - 1, min(shown, num_prompts)).round().astype(int))
+def even_places(num_prompts: int, most: int) -> np.ndarray:
+    """Places of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
+    return np.unique(np.linspace(0, num_prompts - 1, min(most, num_prompts)).round().astype(int))
 
 
 def make_evaluation(
-    iteration: int, rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str], shown: int
+    iteration: int, rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str], kept: int
 ) -> Evaluation:
-    """Scores `images` and keeps those to be shown."""
-    kept = to_uint8(images[shown_places(len(prompts), shown)])
-    return Evaluation(iteration, score(rewards, images, prompts), kept)
+    """Scores `images` and keeps at most `kept` of them, evenly spread."""
+    places = even_places(len(prompts), kept)
+    return Evaluation(iteration, score(rewards, images, prompts), to_uint8(images[places]))
 
 
 def evaluation_metrics(first: Evaluation, now: Evaluation) -> dict[str, float]:

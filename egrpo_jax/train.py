@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import optax
 import tqdm
 from absl import flags
 from jax.sharding import Mesh
+from PIL import Image
 
 from egrpo_jax import cli, images, plots
 from egrpo_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
@@ -29,11 +31,11 @@ from egrpo_jax.evaluation import (
     Evaluation,
     Sampler,
     evaluation_metrics,
+    even_places,
     load_evaluations,
     make_evaluation,
     parted_rewards,
     save_evaluation,
-    shown_places,
 )
 from egrpo_jax.metrics import MetricsWriter, PhaseTimer, peak_device_memory, peak_flops, read_metrics
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, spread
@@ -54,6 +56,8 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a workdir that was made with another config."
 )
 
+SHOWN = 16
+"""Pictures on a grid."""
 EVALUATION_SEED = 2**31 - 1
 """Folded into the seed for the fixed noise of evaluations; no iteration has this number."""
 
@@ -213,11 +217,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates the parameters (their average where one is kept), adds to `history`, writes scores and grid."""
     key = jax.random.fold_in(jax.random.key(job.config.seed), EVALUATION_SEED)
-    prompts, shown = job.evaluation_prompts, job.config.evaluation.shown
+    prompts = job.evaluation_prompts
     pictures = sampler(combine(policy_params(progress.state), job.frozen), prompts, key)
-    history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, shown))
+    history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, job.config.evaluation.kept))
     save_evaluation(workdir, history[-1])
-    sheet = images.grid(_floats(history[-1]), math.ceil(math.sqrt(shown)), shown_prompts(job))
+    kept = kept_prompts(job)
+    shown = even_places(len(kept), SHOWN)
+    sheet = images.grid(_floats(history[-1])[shown], math.ceil(math.sqrt(len(shown))), [kept[i] for i in shown])
     images.save_png(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
     for line in parted_rewards(history, job.config.rewards.train, job.config.rewards.heldout):
         tqdm.tqdm.write(f"warning: iteration {progress.iteration}: {line}", file=sys.stderr)
@@ -230,7 +236,7 @@ def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False)
     with jax.set_mesh(mesh), PreemptionGuard() as guard:
         job, trained = make_job(config, mesh)
         claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
-        if jax.config.jax_compilation_cache_dir is None:  # a restarted run compiles nothing anew
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
             jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
         print(describe(job.plan), flush=True)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -284,10 +290,30 @@ def loop(job: Job, progress: Progress, checkpoints: Checkpoints, workdir: Path, 
         report(job, history, workdir)
 
 
-def shown_prompts(job: Job) -> list[str]:
+def kept_prompts(job: Job) -> list[str]:
     """The prompts of the pictures that an `Evaluation` keeps."""
-    places = shown_places(len(job.evaluation_prompts), job.config.evaluation.shown)
+    places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
     return [job.evaluation_prompts[place] for place in places]
+
+
+def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
+    """Pictures of the first and the last evaluation: some evenly spread, and the largest gains where more are kept.
+
+    The gains are those of the first held-out reward, or of the first trained one where none is held out.
+    """
+    prompts = kept_prompts(job)
+    places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
+    judge = (job.config.rewards.heldout or job.config.rewards.train)[0]
+    gains = (last.scores[judge] - first.scores[judge])[places]
+    chosen = {f"{min(SHOWN, len(prompts))} of {len(places)} prompts, evenly spread": even_places(len(prompts), SHOWN)}
+    if len(prompts) > SHOWN:
+        chosen[f"the {SHOWN // 2} largest gains under {judge}"] = np.argsort(-gains)[: SHOWN // 2]
+    return images.stack(
+        [
+            images.before_after(_floats(first)[rows], _floats(last)[rows], [prompts[i] for i in rows], title)
+            for title, rows in chosen.items()
+        ]
+    )
 
 
 def _floats(evaluation: Evaluation) -> np.ndarray:
@@ -344,8 +370,7 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         config.plan.entropy_threshold,
         workdir / "entropy.png",
     )
-    pair = images.before_after(_floats(first), _floats(last), shown_prompts(job))
-    images.save_png(pair, workdir / "before_after.png")
+    images.save_png(before_after(job, first, last), workdir / "before_after.png")
     print(f"pictures: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
 
 

@@ -47,16 +47,16 @@ class EvaluationConfig:
       prompts: a built-in set or a text file.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
-      shown: how many of the prompts, evenly spread, go on the picture grids.
+      kept: how many of the prompts, evenly spread, have their pictures kept; the last report chooses among them.
     """
 
     prompts: str = "emoji_heldout"
     every: int = 10
     batch: int = 50
-    shown: int = 16
+    kept: int = 16
 
     def __post_init__(self) -> None:
-        for key in ("every", "batch", "shown"):
+        for key in ("every", "batch", "kept"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "at least 1")
 

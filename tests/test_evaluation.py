@@ -42,7 +42,7 @@ def evaluation(iteration, **scores):
 
 def test_record_is_read_back_up_to_an_iteration(tmp_path):
     images = sample(7)
-    first = make_evaluation(0, {"bright": toy.brightness}, images, PROMPTS, shown=2)
+    first = make_evaluation(0, {"bright": toy.brightness}, images, PROMPTS, kept=2)
     save_evaluation(tmp_path, first)
     save_evaluation(tmp_path, first._replace(iteration=10))
     save_evaluation(tmp_path, first._replace(iteration=20))

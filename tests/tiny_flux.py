@@ -93,7 +93,7 @@ def get_config(folder):
             learner=LearnerConfig(micro_batch=1),
             # A large epsilon: AdamW would else blow gradients that are rounding errors up to whole steps.
             optim=OptimConfig(learning_rate=1e-2, eps=1e-3),
-            evaluation=EvaluationConfig(prompts="emoji_heldout", every=2, batch=4, shown=2),
+            evaluation=EvaluationConfig(prompts="emoji_heldout", every=2, batch=4, kept=2),
             checkpoint=CheckpointConfig(every=1),
         )
     )

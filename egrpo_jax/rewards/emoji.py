@@ -85,7 +85,7 @@ def cosine_to_judge() -> CosineReward:
 
 
 def cosine_to_weak() -> CosineReward:
-    """A reward trained on clean pictures, easily hacked; for studying reward hacking."""
+    """A reward trained briefly on pictures with too little green, easily hacked; for studying reward hacking."""
     return CosineReward("weak")
 
 
