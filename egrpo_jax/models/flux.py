@@ -9,6 +9,7 @@ The blocks of each kind are scanned: compile time does not grow with depth, and 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import chex
@@ -99,9 +100,24 @@ def layer_norm(x: chex.Array) -> chex.Array:
     return ((x32 - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+def in_float32(function: Callable[..., chex.Array], *arrays: chex.Array) -> chex.Array:
+    """`function` of `arrays` in float32, rounded once to the dtype of the first; XLA would round after every step."""
+    return function(*(array.astype(jnp.float32) for array in arrays)).astype(arrays[0].dtype)
+
+
 def modulate(x: chex.Array, shift: chex.Array, scale: chex.Array) -> chex.Array:
     """Adaptive layer norm: `LN(x) * (1 + scale) + shift`."""
-    return layer_norm(x) * (1 + scale) + shift
+    return in_float32(lambda x, shift, scale: layer_norm(x) * (1 + scale) + shift, x, shift, scale)
+
+
+def gelu(x: chex.Array) -> chex.Array:
+    """GELU by its approximation with tanh."""
+    return in_float32(nn.gelu, x)
+
+
+def silu(x: chex.Array) -> chex.Array:
+    """x * sigmoid(x)."""
+    return in_float32(nn.silu, x)
 
 
 class Embedder(nn.Module):
@@ -114,7 +130,7 @@ class Embedder(nn.Module):
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Linear(self.width, name="linear_2", **kwargs)(nn.silu(Linear(self.width, name="linear_1", **kwargs)(x)))
+        return Linear(self.width, name="linear_2", **kwargs)(silu(Linear(self.width, name="linear_1", **kwargs)(x)))
 
 
 class Modulation(nn.Module):
@@ -134,7 +150,7 @@ class Modulation(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="linear",
         )
-        return jnp.split(linear(nn.silu(vector))[:, None], self.chunks, axis=-1)
+        return jnp.split(linear(silu(vector))[:, None], self.chunks, axis=-1)
 
 
 class QKV(nn.Module):
@@ -169,7 +185,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: chex.Array) -> chex.Array:
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = Linear(self.config.mlp_ratio * self.config.width, name="linear_1", **kwargs)(x)
-        return Linear(self.config.width, name="linear_2", **kwargs)(nn.gelu(hidden, approximate=True))
+        return Linear(self.config.width, name="linear_2", **kwargs)(gelu(hidden))
 
 
 def _rotate_and_attend(
@@ -238,7 +254,7 @@ class SingleBlock(nn.Module):
         hidden = modulate(x, shift, scale)
         query, key, value = QKV(self.config, name="qkv", **common)(hidden)
         mixed = _rotate_and_attend(query, key, value, rope, self.attention)
-        mlp = nn.gelu(Linear(self.config.mlp_ratio * width, name="mlp", **common)(hidden), approximate=True)
+        mlp = gelu(Linear(self.config.mlp_ratio * width, name="mlp", **common)(hidden))
         joined = jnp.concatenate([mixed, mlp], axis=-1)
         return x + gate * Linear(width, name="out", **common)(joined), None
 
