@@ -3,7 +3,7 @@
     python -m egrpo_jax.train --config configs/emoji.py          # trains on the robust reward tower
     python -m egrpo_jax.train --config configs/emoji.py:hack     # trains on a tower with a flaw, and shows hacking
 
-Hardware: 2 CPU cores are enough, and then a run takes about 5 minutes. What to expect: docs/results/emoji.md.
+Hardware: 2 CPU cores are enough, and then a run takes 5 to 6 minutes. What to expect: docs/results/emoji.md.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ JUDGES = ("emoji_judge", "emoji_judge_r1", "emoji_judge_r10")
 
 EMOJI = TrainConfig(
     name="emoji",
-    num_iterations=100,
+    num_iterations=80,
     prompts="emoji_train",
     prompts_per_iteration=16,
     rewards=RewardsConfig(train=("emoji",), heldout=JUDGES),
