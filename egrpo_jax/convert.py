@@ -36,16 +36,13 @@ from egrpo_jax.train_config import TrainConfig
 from egrpo_jax.weights.export import export_folder
 from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
 from egrpo_jax.weights.layout import export_tensors, published_shapes
-from egrpo_jax.weights.lora import save_lora
+from egrpo_jax.weights.lora import FILE_NAME, save_lora
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
 TO = flags.DEFINE_enum("to", None, ["diffusers", "pipeline", "peft", "orbax"], "What to write.", required=True)
 OUT = flags.DEFINE_string("out", None, "New folder, or for peft a file or folder, to write.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights in the files.")
 REST = flags.DEFINE_enum("rest", "link", ["link", "copy"], "What a pipeline folder does with the base's other parts.")
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers looks for in a folder."""
 
 
 def merged(config: TrainConfig, params: Any) -> Any:
@@ -102,7 +99,7 @@ def main() -> None:
         sizes = read_transformer_config(base / "transformer")
         if TO.value == "peft":
             assert lora is not None
-            file = out if out.suffix == ".safetensors" else out / LORA_FILE
+            file = out if out.suffix == ".safetensors" else out / FILE_NAME
             save_lora(file, params[COLLECTION], lora.scale, flux_layout(sizes, "diffusers"))
         elif TO.value == "orbax":
             write_orbax(out, sizes, merged(config, params))
