@@ -92,9 +92,6 @@ def slow_brightness(images, prompts):
     return brightness(images, prompts)
 
 
-REWARDS = {"": "redness", "slow": "slow_brightness", "breaks": "breaks_after_five"}
-
-
 def get_config(variant=""):
     """A config file for the programs: `tests/toy.py`, `tests/toy.py:slow` or `tests/toy.py:breaks`."""
     reward = {"": "tests.toy:redness", "slow": "tests.toy:slow_brightness", "breaks": "tests.toy:breaks_after_five"}[

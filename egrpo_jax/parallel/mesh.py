@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from egrpo_jax.config import ConfigError
 
@@ -67,8 +67,3 @@ def spread(
     # so once, after accumulation.
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate)
-
-
-def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
-    """`tree` on the devices of `mesh`, every leaf laid out as `spec`."""
-    return jax.device_put(tree, NamedSharding(mesh, spec))

@@ -59,7 +59,7 @@ def pipeline_folder(path: str, text: bool) -> Path:
         "scheduler",
         *(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") * text),
     ]
-    return resolve(path, ["model_index.json", *(f"{part}/*" for part in parts)])
+    return resolve(path, ["model_index.json", "LICENSE*", *(f"{part}/*" for part in parts)])
 
 
 def load_transformer(folder: Path, other: str | None, dtype: str, mesh: Mesh) -> tuple[FluxConfig, Params]:
