@@ -96,7 +96,7 @@ def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
     """
     plan = make_plan(config.plan)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
-    rewards = {name: load_reward(name) for name in config.rewards.train + config.rewards.heldout}
+    rewards = {name: load_reward(name, config.scorers, mesh) for name in config.rewards.train + config.rewards.heldout}
     pipeline = load_pipeline(config.model, mesh)
     pipeline.require([*prompts, *evaluation_prompts])
     trained, frozen = partition(pipeline.params, pipeline.trainable)

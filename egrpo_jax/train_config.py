@@ -10,6 +10,7 @@ import ml_collections
 from egrpo_jax.config import ConfigError, to_config_dict
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.rewards import ScorersConfig
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -96,6 +97,7 @@ class TrainConfig:
     wandb: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    scorers: ScorersConfig = field(default_factory=ScorersConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -13,7 +13,7 @@ ALLOWED = {
     "models": {"models"},
     "weights": {"weights", "models"},
     "data": {"data", "weights", "models"},
-    "rewards": {"rewards", "weights", "models", "data"},
+    "rewards": {"rewards", "weights", "models", "data", "parallel"},
     "parallel": {"parallel"},
     "pipelines": {"pipelines", "data", "flow", "models", "parallel", "weights"},
     "pretraining": {"pretraining", "weights", "models", "data", "flow", "rewards"},

@@ -1,5 +1,7 @@
 """Scorers of images against their prompts."""
 
-from egrpo_jax.rewards.base import Reward, load_reward
+from egrpo_jax.rewards.base import Pending, Reward, start
+from egrpo_jax.rewards.config import ScorersConfig
+from egrpo_jax.rewards.load import load_reward
 
-__all__ = ["Reward", "load_reward"]
+__all__ = ["Pending", "Reward", "ScorersConfig", "load_reward", "start"]

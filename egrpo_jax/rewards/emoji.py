@@ -74,27 +74,27 @@ class RecallReward:
         return self._score(self._params, self._texts, images, indices)
 
 
-def cosine_to_reward() -> CosineReward:
+def cosine_to_reward(*_: object) -> CosineReward:
     """The reward to train on: robust against the errors a generator makes."""
     return CosineReward("reward")
 
 
-def cosine_to_judge() -> CosineReward:
+def cosine_to_judge(*_: object) -> CosineReward:
     """The held-out judge: another architecture, other augmentation, another seed."""
     return CosineReward("judge")
 
 
-def cosine_to_weak() -> CosineReward:
+def cosine_to_weak(*_: object) -> CosineReward:
     """A reward trained briefly on pictures with too little green, easily hacked; for studying reward hacking."""
     return CosineReward("weak")
 
 
-def judge_recall_1() -> RecallReward:
+def judge_recall_1(*_: object) -> RecallReward:
     """R@1 among all names under the judge."""
     return RecallReward("judge", 1)
 
 
-def judge_recall_10() -> RecallReward:
+def judge_recall_10(*_: object) -> RecallReward:
     """R@10 among all names under the judge."""
     return RecallReward("judge", 10)
 

@@ -15,8 +15,15 @@ def constant(images, prompts):
     return np.full(len(prompts), images.shape[0], np.float32)
 
 
-class NotAReward:
-    pass
+NOT_A_REWARD = 3.0
+
+
+class Constant:
+    """A reward that is a class."""
+
+    def __call__(self, images, prompts):
+        del prompts
+        return np.full(len(images), 4.0)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +117,8 @@ def test_wrong_shapes_are_refused(images):
 
 
 def test_a_users_own_reward_is_found_by_module_and_attribute(images):
-    np.testing.assert_array_equal(load_reward("tests.rewards.test_emoji:constant")(images, ["cat"] * 4), 4)
+    for name in ("constant", "Constant"):
+        np.testing.assert_array_equal(load_reward(f"tests.rewards.test_emoji:{name}")(images, ["cat"] * 4), 4)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,7 @@ def test_a_users_own_reward_is_found_by_module_and_attribute(images):
         ("aesthetics", "unknown reward 'aesthetics'; use one of emoji, emoji_judge"),
         ("no_such_module:score", "no_such_module"),
         ("egrpo_jax.rewards:nothing", "nothing"),
-        ("tests.rewards.test_emoji:NotAReward", "must be a function"),
+        ("tests.rewards.test_emoji:NOT_A_REWARD", "must be a function"),
         (":score", "reward ':score': Empty module name"),
     ],
 )
