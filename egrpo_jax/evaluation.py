@@ -111,12 +111,19 @@ def make_evaluation(
     return Evaluation(iteration, score(rewards, images, prompts), to_uint8(images[places]))
 
 
+def mean_score(scores: np.ndarray) -> float:
+    """The mean of the scores that came; nan if none did."""
+    came = scores[~np.isnan(scores)]
+    return float(came.mean()) if came.size else math.nan
+
+
 def evaluation_metrics(first: Evaluation, now: Evaluation) -> dict[str, float]:
     """Means, and the mean paired changes since `first` with the half-width of their 95 % intervals."""
     metrics = {}
     for name, scores in now.scores.items():
         change, half_width = paired_interval(first.scores[name], scores)
-        metrics[f"eval/{name}/mean"] = float(scores.mean())
+        metrics[f"eval/{name}/mean"] = mean_score(scores)
+        metrics[f"eval/{name}/missing"] = float(np.isnan(scores).sum())
         metrics[f"eval/{name}/change"] = change
         metrics[f"eval/{name}/change_ci95"] = half_width
     return metrics
@@ -130,7 +137,8 @@ def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldou
     """
     now, warnings = history[-1], []
     for judge in heldout:
-        best = max(history, key=lambda evaluation: evaluation.scores[judge].mean())
+        # An evaluation without any score is the best of none.
+        best = max(history, key=lambda evaluation: np.nan_to_num(mean_score(evaluation.scores[judge]), nan=-np.inf))
         fall, fall_width = paired_interval(best.scores[judge], now.scores[judge])
         for name in trained:
             rise, rise_width = paired_interval(best.scores[name], now.scores[name])

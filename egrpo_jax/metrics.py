@@ -127,18 +127,19 @@ def paired_interval(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
     """Mean of the differences after - before, and the half-width of its 95 % interval by Student's t.
 
     Args:
-      before: [P], one value per prompt.
+      before: [P], one value per prompt; nan where there is none, and the prompt is left out.
       after: [P], for the same prompts in the same order.
 
     Returns:
-      (mean, half-width); the half-width is nan for P = 1.
+      (mean, half-width); the half-width is nan for one pair, both are for none.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.shape != after.shape or before.ndim != 1 or not before.size:
         raise ValueError(f"expected two arrays [P], found {before.shape} and {after.shape}")
-    change, count = after - before, before.size
-    if count == 1:
-        return float(change[0]), math.nan
+    change = (after - before)[~np.isnan(after - before)]
+    count = change.size
+    if count <= 1:
+        return float(change[0]) if count else math.nan, math.nan
     quantile = scipy.special.stdtrit(count - 1, 0.975)
     return float(change.mean()), float(quantile * change.std(ddof=1) / math.sqrt(count))
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
@@ -34,6 +35,7 @@ from egrpo_jax.evaluation import (
     even_places,
     load_evaluations,
     make_evaluation,
+    mean_score,
     parted_rewards,
     save_evaluation,
 )
@@ -42,13 +44,13 @@ from egrpo_jax.parallel.mesh import DATA, REPLICATED, make_mesh, over_data, spre
 from egrpo_jax.parallel.rules import lay_out
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.progress import Progress, first_progress, policy_params, restore, save
-from egrpo_jax.rewards import Reward, load_reward
-from egrpo_jax.rl.advantage import credit, zero_spread_share
+from egrpo_jax.rewards import Reward, load_reward, start
+from egrpo_jax.rl.advantage import credit, groups_left_out, zero_spread_share
 from egrpo_jax.rl.optimizer import last_learning_rate, make_optimizer, skipped_updates
 from egrpo_jax.rl.plan import Plan, describe, make_plan
 from egrpo_jax.rl.rollout import Rollout, Transitions, prompt_keys, roll_out
 from egrpo_jax.rl.update import TrainState, UpdateStats, update
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.train_config import RewardsConfig, TrainConfig
 from egrpo_jax.trees import combine, partition
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; by default runs/<config.name>.")
@@ -64,6 +66,10 @@ EVALUATION_SEED = 2**31 - 1
 
 class NotFiniteError(RuntimeError):
     """Too many updates in a row were skipped because loss or gradient was not finite."""
+
+
+class MissingScoreError(RuntimeError):
+    """A score never came, and the config says to stop then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +113,10 @@ def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
 def make_steps(job: Job) -> Steps:
     """The phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
     devices = jax.sharding.get_abstract_mesh().shape[DATA]
-    if job.config.prompts_per_iteration % devices:
+    key = "prompts_per_iteration" if job.config.prompts_per_rollout is None else "prompts_per_rollout"
+    if getattr(job.config, key) % devices:
         expected = f"a multiple of the {devices} devices on the mesh axis {DATA}"
-        raise ConfigError("prompts_per_iteration", job.config.prompts_per_iteration, expected)
+        raise ConfigError(key, getattr(job.config, key), expected)
     pipeline = job.pipeline
     per_step = over_data(axis=1)
     rollout = spread(
@@ -140,50 +147,84 @@ def run_iteration(job: Job, steps: Steps, progress: Progress, timer: PhaseTimer)
     prompts = prompts_at(job.prompts, config.seed, progress.position, count)
     conditioning = job.pipeline.encode(prompts)
     keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
-
     params = combine(progress.state.params, job.frozen)
 
-    with timer.phase("rollout"):
-        transitions, latents = jax.block_until_ready(steps.rollout(params, conditioning, keys))
-    with timer.phase("decode"):
-        pictures = jax.block_until_ready(steps.decode(params, latents.reshape(-1, *latents.shape[-2:])))
-    with timer.phase("reward"):
-        shape = latents.shape[:-2]  # [P, E, R, G]
-        repeated = [prompt for prompt in prompts for _ in range(job.plan.decodes)]
-        scores = {name: job.rewards[name](pictures, repeated).reshape(shape) for name in config.rewards.train}
-        weights = dict(zip(config.rewards.train, config.rewards.weights, strict=True))
-        advantage = jax.block_until_ready(credit(scores, weights))
-        heldout = heldout_metrics(job, pictures, repeated)
+    transitions, scores, heldout = sample_and_score(job, steps, params, prompts, conditioning, keys, timer)
+    missing = groups_left_out(scores)
+    if config.rewards.on_missing == "fail" and missing:
+        raise MissingScoreError(missing_line(iteration, scores))
+    advantage = jax.block_until_ready(assign_credit(config.rewards, scores))
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
             steps.update(progress.state, job.frozen, transitions, advantage, conditioning)
         )
 
-    metrics = reward_metrics(job.plan, scores) | heldout | update_metrics(config, advantage, stats, state)
+    metrics = reward_metrics(job.plan, scores) | {f"reward/{name}/mean": mean for name, mean in heldout.items()}
+    metrics |= update_metrics(config, advantage, stats, state) | {"groups_left_out": float(missing)}
     return Progress(state, progress.key, iteration + 1, progress.position + count), metrics
 
 
+def sample_and_score(
+    job: Job, steps: Steps, params: Any, prompts: Sequence[str], conditioning: Any, keys: chex.Array, timer: PhaseTimer
+) -> tuple[Transitions, dict[str, chex.Array], dict[str, float]]:
+    """Rolls out `prompts_per_rollout` prompts after another; scoring in the background goes on meanwhile.
+
+    Returns:
+      The transitions, `[E, P, ...]`; the scores of each reward that is trained on, `[P, E, R, G]`; and the mean of each
+      held-out one over one sample of every group: it shows hacking early, and costs little.
+    """
+    config, each = job.config.rewards, job.plan.group_size
+    at_once = job.config.prompts_per_rollout or len(prompts)
+    parts, pending = [], []
+    for first in range(0, len(prompts), at_once):
+        rows = slice(first, first + at_once)
+        with timer.phase("rollout"):
+            inputs = jax.tree.map(lambda x: x[rows], (conditioning, keys))  # noqa: B023  # used at once
+            transitions, latents = jax.block_until_ready(steps.rollout(params, *inputs))
+        with timer.phase("decode"):
+            pictures = jax.block_until_ready(steps.decode(params, latents.reshape(-1, *latents.shape[-2:])))
+        with timer.phase("reward"):
+            shown = [prompt for prompt in prompts[rows] for _ in range(job.plan.decodes)]
+            scored = {name: start(job.rewards[name], pictures, shown) for name in config.train}
+            watched = {name: start(job.rewards[name], pictures[::each], shown[::each]) for name in config.heldout}
+        parts.append(transitions)
+        pending.append((scored, watched))
+    with timer.phase("reward"):
+        trained = {name: jnp.concatenate([scores[name]() for scores, _ in pending]) for name in config.train}
+        heldout = {name: jnp.concatenate([scores[name]() for _, scores in pending]) for name in config.heldout}
+        shape = (len(prompts), *latents.shape[1:-2])
+        scores = jax.block_until_ready({name: values.reshape(shape) for name, values in trained.items()})
+    means = {name: float(jnp.nanmean(values)) for name, values in heldout.items()}
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts), scores, means
+
+
+def assign_credit(config: RewardsConfig, scores: dict[str, chex.Array]) -> chex.Array:
+    """The advantages `[E, P, G]`, as the section `rewards` has it."""
+    weights = dict(zip(config.train, config.weights, strict=True))
+    clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
+    return credit(scores, weights, config.combination, clips)
+
+
+def missing_line(iteration: int, scores: dict[str, chex.Array]) -> str:
+    """Which scores never came."""
+    counts = {name: int(jnp.isnan(values).sum()) for name, values in scores.items()}
+    shown = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+    return f"iteration {iteration + 1}: scores never came: {shown}; config.rewards.on_missing is 'fail'"
+
+
 def reward_metrics(plan: Plan, scores: dict[str, chex.Array]) -> dict[str, float]:
-    """Of each reward `[P, E, R, G]`: mean, std, the mean std within a group by active step, groups without spread."""
+    """Of each reward `[P, E, R, G]`: mean, std, the mean std within a group by active step, groups without spread,
+    scores that never came; all else is of those that did."""
     metrics: dict[str, Any] = {}
     for name, values in scores.items():
-        within = values.std(-1, ddof=1).mean((0, 2))
-        metrics[f"reward/{name}/mean"] = values.mean()
-        metrics[f"reward/{name}/std"] = values.std()
+        within = jnp.nanmean(values.std(-1, ddof=1), (0, 2))
+        metrics[f"reward/{name}/mean"] = jnp.nanmean(values)
+        metrics[f"reward/{name}/std"] = jnp.nanstd(values)
         metrics[f"reward/{name}/zero_std_groups"] = zero_spread_share(values)
+        metrics[f"reward/{name}/missing"] = jnp.isnan(values).sum()
         for branch, std in zip(plan.branches, within, strict=True):
             metrics[f"reward/{name}/std_step_{branch.step}"] = std
     return {name: float(value) for name, value in metrics.items()}
-
-
-def heldout_metrics(job: Job, pictures: chex.Array, prompts: Sequence[str]) -> dict[str, float]:
-    """The mean of each held-out reward over one sample of every group: it shows hacking early, and costs little."""
-    each = job.plan.group_size
-    rewards = {name: job.rewards[name] for name in job.config.rewards.heldout}
-    return {
-        f"reward/{name}/mean": float(reward(pictures[::each], prompts[::each]).mean())
-        for name, reward in rewards.items()
-    }
 
 
 def update_metrics(
@@ -268,8 +309,12 @@ def loop(job: Job, progress: Progress, checkpoints: Checkpoints, workdir: Path, 
         writer.write(0, evaluate(job, sampler, progress, history, workdir))
     while progress.iteration < config.num_iterations and guard.requested is None:
         timer = PhaseTimer()
-        with timer.phase("iteration"):
-            progress, metrics = run_iteration(job, steps, progress, timer)
+        try:
+            with timer.phase("iteration"):
+                progress, metrics = run_iteration(job, steps, progress, timer)
+        except MissingScoreError:
+            save(checkpoints, progress)
+            raise
         last = progress.iteration == config.num_iterations
         if last or progress.iteration % config.evaluation.every == 0:
             with timer.phase("evaluation"):
@@ -353,7 +398,7 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         change, width = metrics[f"eval/{name}/change"], metrics[f"eval/{name}/change_ci95"]
         role = "trained" if name in config.rewards.train else "held out"
         print(
-            f"  {name:18s} {role:9s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
+            f"  {name:18s} {role:9s} {mean_score(first.scores[name]):.4f} -> {mean_score(last.scores[name]):.4f}"
             f"   {change:+.4f} ± {width:.4f}"
         )
     plots.reward_curve(
@@ -379,7 +424,7 @@ def main() -> None:
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
-    except NotFiniteError as error:
+    except (MissingScoreError, NotFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if signal_number is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
+from typing import Literal
 
 import ml_collections
 
@@ -11,6 +12,7 @@ from egrpo_jax.config import ConfigError, to_config_dict
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.advantage import Combination
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -18,23 +20,35 @@ from egrpo_jax.rl.update import LearnerConfig
 
 @dataclasses.dataclass(frozen=True)
 class RewardsConfig:
-    """The config section `rewards`; a reward is a built-in name or "module:function" of your own.
+    """The config section `rewards`; a reward is a built-in name, one of `scorers.remote`, or "module:attribute" of your
+    own.
 
     Attributes:
       train: rewards that are trained on.
-      weights: one weight for each of them, of its normalised advantage.
-      heldout: rewards that evaluations measure beside them and nothing is trained on: the sight of reward hacking.
+      weights: one weight for each of them.
+      combination: how they become one advantage: see `rl.advantage.credit`.
+      clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
+      heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
+      on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
+        was for is left out of the update, and counted; "fail": the run saves and stops.
     """
 
     train: tuple[str, ...] = ("emoji",)
     weights: tuple[float, ...] = (1.0,)
+    combination: Combination = "advantages"
+    clips: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
+    on_missing: Literal["drop_group", "fail"] = "drop_group"
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("train", self.train, "at least one reward")
         if len(self.weights) != len(self.train):
             raise ConfigError("weights", self.weights, f"one weight for each of the {len(self.train)} rewards")
+        if self.clips and (len(self.clips) != len(self.train) or min(self.clips) <= 0):
+            raise ConfigError("clips", self.clips, f"nothing, or a number above 0 for each of {self.train}")
+        if self.clips and self.combination == "sum":
+            raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
         names = self.train + self.heldout
         if len(set(names)) != len(names):
             raise ConfigError("heldout", self.heldout, "every reward once, in train or in heldout")
@@ -86,6 +100,8 @@ class TrainConfig:
       num_iterations: rollouts, each with its optimizer updates.
       prompts: a built-in set or a text file, one prompt a line.
       prompts_per_iteration: over all devices; a multiple of the mesh's axis `data`.
+      prompts_per_rollout: how many of them are rolled out at once, a divisor of their number; None: all. Fewer take
+        less memory, and rewards on other machines score the images of one rollout during the next.
       wandb: also log to Weights & Biases.
     """
 
@@ -94,6 +110,7 @@ class TrainConfig:
     num_iterations: int = 300
     prompts: str = "emoji_train"
     prompts_per_iteration: int = 8
+    prompts_per_rollout: int | None = None
     wandb: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -109,6 +126,10 @@ class TrainConfig:
         for key in ("num_iterations", "prompts_per_iteration"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "at least 1")
+        rollout = self.prompts_per_rollout
+        if rollout is not None and (rollout < 1 or self.prompts_per_iteration % rollout):
+            expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
+            raise ConfigError("prompts_per_rollout", rollout, expected)
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "at least 0")
 

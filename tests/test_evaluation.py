@@ -117,3 +117,15 @@ def test_the_fall_is_counted_from_the_judges_best():
         evaluation(20, weak=BASE + 0.2 + WIGGLE, judge=BASE + 0.1 + WIGGLE),
     ]
     assert "since iteration 10" in parted_rewards(history, ["weak"], ["judge"])[0]
+
+
+def test_scores_that_never_came_are_counted_and_left_out():
+    first, now = evaluation(0, a=[1.0, 2.0, np.nan]), evaluation(5, a=[2.0, np.nan, 4.0])
+    metrics = evaluation_metrics(first, now)
+    assert metrics["eval/a/mean"] == 3
+    assert metrics["eval/a/missing"] == 1
+    assert metrics["eval/a/change"] == 1
+    # A server that was down for a whole evaluation is neither best nor a fall.
+    down = evaluation(5, a=[np.nan] * 3, b=[3.0, 4.0, 5.0])
+    up = evaluation(0, a=[1.0, 1.0, 1.0], b=[1.0, 2.0, 3.1])
+    assert parted_rewards([down, up], ["b"], ["a"]) == parted_rewards([up, down], ["b"], ["a"]) == []

@@ -120,6 +120,9 @@ def test_paired_interval_by_hand():
     mean, half = paired_interval([1.0], [3.0])
     assert mean == 2
     assert math.isnan(half)
+    # A pair that lacks a value is left out.
+    assert paired_interval([0, 0, 0, np.nan, 0, 0], [1, 2, 3, 9, 6, np.nan]) == paired_interval([0] * 4, [1, 2, 3, 6])
+    assert np.isnan(paired_interval([np.nan], [1.0])).all()
     for before, after in (([], []), ([1], [1, 2]), ([[1]], [[1]])):
         with pytest.raises(ValueError, match="expected two arrays"):
             paired_interval(before, after)

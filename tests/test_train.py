@@ -177,6 +177,58 @@ def test_an_update_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_updates"] == 2
 
 
+def test_rollouts_of_fewer_prompts_give_the_same_run(tmp_path):
+    changes = {"num_iterations": 2, "rewards.heldout": ("tests.toy:redness",)}
+    records = []
+    for at_once in (None, 2):
+        workdir = tmp_path / str(at_once)
+        program.train(config("slow", prompts_per_rollout=at_once, **changes), workdir)
+        records.append(untimed_metrics(workdir)[1:])
+    for whole, parts in zip(*records, strict=True):
+        assert whole.keys() == parts.keys()
+        np.testing.assert_allclose([parts[name] for name in whole], list(whole.values()), rtol=1e-3, atol=1e-6)
+
+
+def test_a_reward_in_the_background_is_waited_for_after_the_last_rollout(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "unreliable", reward := toy.Unreliable())
+    changes = {"num_iterations": 1, "prompts_per_rollout": 4, "evaluation.every": 100}
+    program.train(config("unreliable", **changes), tmp_path)
+    evaluation, iteration = reward.log[:2], reward.log[2:6]
+    assert evaluation == [("handed in", 0), ("waited for", 0)]
+    assert iteration == [("handed in", 1), ("handed in", 2), ("waited for", 1), ("waited for", 2)]
+
+
+def test_a_group_without_a_score_is_left_out_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(2,)))
+    program.train(config("unreliable", num_iterations=3, **{"evaluation.every": 100}), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert [line["groups_left_out"] for line in lines] == [0, 1, 0]
+    assert [line["reward/tests.toy:unreliable/missing"] for line in lines] == [0, 1, 0]
+    assert all(np.isfinite(line["loss"]) and line["skipped_updates"] == 0 for line in lines)
+    assert all(np.isfinite(line["reward/tests.toy:unreliable/mean"]) for line in lines)
+
+
+def test_a_missing_score_ends_the_run_if_told_so_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(3,)))
+    changed = config("unreliable", num_iterations=4, **{"evaluation.every": 100, "rewards.on_missing": "fail"})
+    with pytest.raises(program.MissingScoreError, match=r"iteration 3: scores never came: 1 of tests\.toy:unreliable"):
+        program.train(changed, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert program.train(changed, tmp_path) is None
+    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_wrong_with_rewards_is_said_before_anything_is_loaded():
+    for changes, message in (
+        ({"rewards.clips": (1.0, 2.0)}, r"config\.rewards\.clips: found \(1\.0, 2\.0\)"),
+        ({"rewards.clips": (1.0,), "rewards.combination": "sum"}, "'sum' normalises no reward by itself"),
+        ({"rewards.combination": "product"}, "one of 'advantages', 'sum', 'decoupled'"),
+        ({"prompts_per_rollout": 3}, "prompts_per_rollout: found 3, expected a divisor of prompts_per_iteration, 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(**changes)
+
+
 def test_another_config_is_refused_unless_told(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

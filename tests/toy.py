@@ -86,6 +86,32 @@ class BreaksAfter:
 breaks_after_five = BreaksAfter(5)
 
 
+class Unreliable:
+    """`brightness` scored in the background; the last image of every call in `fails` gets no score."""
+
+    def __init__(self, fails=()):
+        self.fails, self.calls, self.log = fails, 0, []
+
+    def __call__(self, images, prompts):
+        return self.start(images, prompts)()
+
+    def start(self, images, prompts):
+        call, self.calls = self.calls, self.calls + 1
+        scores = np.array(brightness(images, prompts))
+        if call in self.fails:
+            scores[-1] = np.nan
+        self.log.append(("handed in", call))
+
+        def wait():
+            self.log.append(("waited for", call))
+            return scores
+
+        return wait
+
+
+unreliable = Unreliable()
+
+
 def slow_brightness(images, prompts):
     """Gives a signal time to arrive in the middle of an iteration."""
     time.sleep(0.05)
@@ -93,8 +119,8 @@ def slow_brightness(images, prompts):
 
 
 def get_config(variant=""):
-    """A config file for the programs: `tests/toy.py`, `tests/toy.py:slow` or `tests/toy.py:breaks`."""
-    reward = {"": "tests.toy:redness", "slow": "tests.toy:slow_brightness", "breaks": "tests.toy:breaks_after_five"}[
+    """A config file for the programs: `tests/toy.py`, or with a variant after a colon."""
+    reward = {"": "redness", "slow": "slow_brightness", "breaks": "breaks_after_five", "unreliable": "unreliable"}[
         variant
     ]
     config = train_config(
@@ -102,7 +128,7 @@ def get_config(variant=""):
             name="toy",
             num_iterations=12,
             prompts_per_iteration=8,
-            rewards=RewardsConfig(train=(reward,), heldout=("tests.toy:brightness",)),
+            rewards=RewardsConfig(train=(f"tests.toy:{reward}",), heldout=("tests.toy:brightness",)),
             plan=PlanConfig(num_steps=4, group_size=4),
             learner=LearnerConfig(schedule="per_active_step", clip_range=1e-2, ema_decay=0.9),
             optim=OptimConfig(learning_rate=3e-3),

@@ -3,8 +3,9 @@
 import chex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from egrpo_jax.rl.advantage import credit, group_advantage, zero_spread_share
+from egrpo_jax.rl.advantage import credit, group_advantage, groups_left_out, zero_spread_share
 
 
 class AdvantageTest(chex.TestCase):
@@ -53,3 +54,55 @@ def test_groups_are_not_mixed():
 def test_share_of_groups_without_spread():
     rewards = jnp.array([[1.0, 1.0], [1.0, 2.0], [0.3, 0.3], [0.0, -1.0]])
     assert zero_spread_share(rewards) == 0.5
+
+
+def two_rewards():
+    """[P=2, E=2, R=1, G=3]; the second one's scale is ten times that of the first."""
+    first = jnp.array([[[[1.0, 2, 3]], [[3, 1, 2]]], [[[0, 0, 3]], [[5, 5, 5]]]])
+    second = 10 * jnp.array([[[[3.0, 2, 1]], [[1, 2, 3]]], [[[1, 2, 3]], [[2, 1, 3]]]])
+    return {"first": first, "second": second}
+
+
+def test_the_weighted_sum_is_normalised_once():
+    """By hand: .5 R1 + .1 R2 of the first group is (3.5, 3, 2.5), of std .5."""
+    got = credit(two_rewards(), {"first": 0.5, "second": 0.1}, "sum")
+    chex.assert_trees_all_close(got[0, 0], jnp.array([1.0, 0.0, -1.0]), atol=1e-5)
+    chex.assert_trees_all_close(got[1, 1], jnp.array([0.0, -1.0, 1.0]), atol=1e-5)
+
+
+def test_decoupled_has_mean_0_and_std_1_over_all_samples_and_keeps_the_order():
+    weights = {"first": 1.0, "second": 2.0}
+    added, decoupled = credit(two_rewards(), weights), credit(two_rewards(), weights, "decoupled")
+    expected = (np.asarray(added) - np.mean(added)) / np.std(added, ddof=1)
+    chex.assert_trees_all_close(decoupled, expected.astype(np.float32), atol=1e-5)
+    # More rewards make "advantages" larger, and leave "decoupled" as large as it was.
+    assert np.std(added) > 1.5
+
+
+def test_one_rewards_advantage_is_clipped_and_the_others_are_not():
+    rewards = {name: jnp.array([[[[0.0, 0, 0, 0, 10]]]]) for name in ("outlier", "other")}
+    free = credit(rewards, {"outlier": 1.0, "other": 0.0})[0, 0, -1]
+    assert free > 1.5
+    assert credit(rewards, {"outlier": 1.0, "other": 0.0}, clips={"outlier": 0.5})[0, 0, -1] == 0.5
+    assert credit(rewards, {"outlier": 0.0, "other": 1.0}, clips={"outlier": 0.5})[0, 0, -1] == free
+
+
+@pytest.mark.parametrize("combination", ["advantages", "sum", "decoupled"])
+def test_a_group_that_lacks_a_score_is_left_out_and_the_others_are_as_without_it(combination):
+    rewards = two_rewards()
+    rewards["second"] = rewards["second"].at[1, 0, 0, 2].set(jnp.nan)
+    assert groups_left_out(rewards) == 1
+    weights = {"first": 1.0, "second": 1.0}
+    got = np.asarray(credit(rewards, weights, combination))
+    np.testing.assert_array_equal(got[0, 1], 0)
+
+    # The other three groups, as if they were all: one prompt, three active steps.
+    kept = {name: jnp.stack([r[0, 0], r[0, 1], r[1, 1]])[None] for name, r in two_rewards().items()}
+    expected = credit(kept, weights, combination)[:, 0]
+    chex.assert_trees_all_close(np.stack([got[0, 0], got[1, 0], got[1, 1]]), np.asarray(expected), atol=1e-5)
+
+
+def test_without_any_group_there_is_nothing_to_learn_from():
+    nothing = {"r": jnp.full((2, 2, 1, 3), jnp.nan)}
+    assert jnp.isnan(credit(nothing, {"r": 1.0})).all()
+    assert groups_left_out(nothing) == 4
