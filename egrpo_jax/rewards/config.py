@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from egrpo_jax.config import ConfigError
 
@@ -52,9 +54,65 @@ class AestheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteConfig:
-    """A scorer on another machine."""
+    """A scorer on another machine.
+
+    Attributes:
+      url: where it is: http://host:port/path.
+      protocol: "scores": the one that `python -m egrpo_jax.rewards.serve` speaks; "chat": a vision model behind an
+        OpenAI-compatible server, which is asked at /v1/chat/completions below `url`.
+      api_key: name of the environment variable that holds the key, if it wants one.
+      batch: of "scores", images in a request; "chat" sends them one by one.
+      concurrency: requests at once.
+      timeout: seconds for one attempt of a request.
+      deadline: seconds for all scores of a call; those that have not come by then are missing.
+      retries: attempts after the first, where another may do better.
+      backoff: seconds before the second attempt; they double with each, up to 30.
+      model: of "chat", the name under which it is served.
+      max_tokens: of "chat", the longest answer.
+      template: of "chat", the question: "pointwise", "axes", or a text file with {prompt} in it.
+      patterns: of "chat", regular expressions, found where they occur last in the answer; the score is the mean of all
+        their groups over `best`. Empty: those of a built-in template.
+      best: of "chat", the highest mark.
+    """
 
     url: str
+    protocol: Literal["scores", "chat"] = "scores"
+    api_key: str | None = None
+    batch: int = 8
+    concurrency: int = 8
+    timeout: float = 120.0
+    deadline: float = 600.0
+    retries: int = 6
+    backoff: float = 1.0
+    model: str = "UnifiedReward"
+    max_tokens: int = 1024
+    template: str = "pointwise"
+    patterns: tuple[str, ...] = ()
+    best: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not _is_url(self.url):
+            raise ConfigError("url", self.url, "http://host:port/path, or https, without a user's name")
+        for key in ("batch", "concurrency", "max_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "at least 1")
+        for key in ("timeout", "deadline", "best"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, getattr(self, key), "a number above 0")
+        if self.retries < 0:
+            raise ConfigError("retries", self.retries, "at least 0")
+        if not 0 <= self.backoff < math.inf:
+            raise ConfigError("backoff", self.backoff, "a number, at least 0")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+        )
+    except ValueError:  # a port that is no number
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
