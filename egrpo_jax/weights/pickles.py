@@ -56,49 +56,59 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds a state dict of `_Tensor`s; whatever else the pickle names is refused.
+class _RebuildTensor:
+    """Stands for `torch._utils._rebuild_tensor_v2`."""
 
-    What it may name is immutable, for a pickle can also set attributes (BUILD) and call (REDUCE): names of storages are
-    strings, functions are bound methods.
-    """
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+        whole = all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides))
+        if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):
+            raise pickle.UnpicklingError(f"no tensor: {storage}, {offset}, {shape}, {strides}")
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+class _RebuildParameter:
+    """Stands for `torch._utils._rebuild_parameter`."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor: Any, *_: Any) -> _Tensor:
+        if not isinstance(tensor, _Tensor):
+            raise pickle.UnpicklingError(f"no parameter: {tensor}")
+        return tensor
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    **{("torch", name): name for name in STORAGES},
+}
+"""What a pickle may name; all of it immutable, for a pickle can also set attributes (BUILD)."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds a state dict of `_Tensor`s; whatever the pickle names that is not in `_ALLOWED` is refused."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         super().__init__(io.BytesIO(content))
         self._path = path
-        self._allowed: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-            **{("torch", name): name for name in STORAGES},
-        }
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises UserError for what a state dict does not need."""
-        if (module, name) not in self._allowed:
+        if (module, name) not in _ALLOWED:
             raise UserError(
                 f"{self._path} wants to load {module}.{name}, which could run code, and is refused; give a file that "
                 "holds tensors alone: a published state dict, or safetensors"
             )
-        return self._allowed[module, name]
+        return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, record, _, _ = pid  # then device and number of elements
         if kind != "storage" or dtype not in STORAGES or not isinstance(record, str):
             raise pickle.UnpicklingError(f"no storage: {pid}")
         return _Storage(record, STORAGES[dtype])
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-        numbers = (offset, *shape, *strides)
-        whole = all(isinstance(number, int) and number >= 0 for number in numbers)
-        if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):
-            raise pickle.UnpicklingError(f"no tensor: {storage}, {offset}, {shape}, {strides}")
-        return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-    def _parameter(self, tensor: Any, *_: Any) -> _Tensor:
-        if not isinstance(tensor, _Tensor):
-            raise pickle.UnpicklingError(f"no parameter: {tensor}")
-        return tensor
 
 
 def open_pickle(path: str | os.PathLike[str], key: str | None = None) -> TensorFiles:
