@@ -26,7 +26,9 @@ def test_a_sheet_from_the_assets_and_from_a_run(tmp_path):
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
+    (tmp_path / "prompts.txt").write_text("red heart\ncat face\n")
     small = ["--config.num_iterations=1", "--config.prompts_per_iteration=2", "--config.plan.num_steps=4"]
+    small += [f"--config.evaluation.prompts={tmp_path}/prompts.txt", "--config.rewards.heldout=()"]
     workdir = tmp_path / "run"
     done = programs.run("train", "--config=configs/emoji.py", f"--workdir={workdir}", *small)
     assert done.returncode == 0, done.stderr

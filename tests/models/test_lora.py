@@ -4,9 +4,6 @@
 """
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import chex
@@ -32,8 +29,6 @@ from egrpo_jax.models.lora import (
     lora_interceptor,
     merge_lora,
 )
-from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.parallel.rules import FLUX_RULES, lay_out
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = FluxConfig(
@@ -339,39 +334,3 @@ def test_wrong_configs_name_the_key(changes, message):
 def test_a_target_that_fits_no_layer_is_named():
     with pytest.raises(UserError, match=r"'attn\.to_q' is found in no .*double_blocks/image_out"):
         init_lora(jax.random.key(0), abstract_params(SMALL), LoraConfig(targets=("image_out", "attn.to_q")))
-
-
-def run(out, devices, fsdp):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "tests.models.test_lora", str(out), str(fsdp)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with np.load(out) as arrays:
-        return dict(arrays)
-
-
-@pytest.mark.slow
-def test_sharded_over_eight_devices(tmp_path):
-    one, eight = run(tmp_path / "one.npz", 1, 1), run(tmp_path / "eight.npz", 8, 8)
-    assert int(one.pop("split")) == 0
-    assert int(eight.pop("split")) > 20
-    assert one.keys() == eight.keys()
-    for name, value in one.items():
-        np.testing.assert_allclose(eight[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)
-
-
-def main(out, fsdp):
-    """Base and adapters sharded by the rules for transformers; writes how many adapters are split, too."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=int(fsdp)))
-    with jax.set_mesh(mesh):
-        params = random_params()
-        trees = lay_out(mesh, FLUX_RULES, {"flow": params, "lora": random_lora(params, EVERYWHERE)})
-        split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(trees["lora"]))
-        gradients = jax.grad(loss, argnums=1)(trees["flow"], trees["lora"], 1.5)
-        arrays = {f"gradient/{path}": np.asarray(leaf) for path, leaf in flatten_dict(gradients, sep="/").items()}
-        arrays["velocity"] = np.asarray(velocity(trees["flow"], trees["lora"], 1.5))
-    np.savez(out, split=split, **arrays)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -24,6 +24,7 @@ def main(config_file, out, *axes):
     spec.loader.exec_module(module)
     config = module.get_config(argument) if argument else module.get_config()
     config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = 8, 4, 3
+    config.rewards.heldout = ()
     config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(*map(int, axes)))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
