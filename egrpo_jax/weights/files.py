@@ -47,7 +47,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What some community files put before every name."""
 
 _MAX_HEADER = 100_000_000  # bytes; a limit of the format
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +140,14 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of one file lies, checked against the size of the file."""
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            start = file.read(len(LFS_POINTER))
             header_size = int.from_bytes(start[:8], "little")
             file.seek(8)
             header = file.read(header_size) if header_size <= _MAX_HEADER else b""
         file_size = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if start == _LFS_POINTER:
+    if start == LFS_POINTER:
         raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
     if header and len(header) < header_size:
         raise UserError(f"{path} is cut off: {file_size} bytes, too few for its header; download it again")
@@ -156,7 +156,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         tensors.pop("__metadata__", None)
         stored = {name: _stored(path, name, fields, 8 + header_size) for name, fields in tensors.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or damaged; .safetensors is the one format read") from None
+        raise UserError(f"{path} is not a safetensors file, or damaged; give one that is, or download it again") from None
     promised = max((t.offset + math.prod(t.shape) * t.dtype.itemsize for t in stored.values()), default=8 + header_size)
     if promised != file_size:
         raise UserError(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from egrpo_jax.errors import UserError
-from egrpo_jax.weights.files import _LFS_POINTER, DTYPES, StoredTensor, TensorFiles, shorten
+from egrpo_jax.weights.files import DTYPES, LFS_POINTER, StoredTensor, TensorFiles, shorten
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -148,7 +148,7 @@ def _records(path: Path) -> Mapping[str, zipfile.ZipInfo]:
     """The archive's table of contents."""
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            start = file.read(len(LFS_POINTER))
         with zipfile.ZipFile(path) as archive:
             return {record.filename: record for record in archive.infolist()}
     except OSError as error:
@@ -158,7 +158,7 @@ def _records(path: Path) -> Mapping[str, zipfile.ZipInfo]:
 
 
 def _another_format(path: Path, start: bytes) -> str:
-    if start == _LFS_POINTER:
+    if start == LFS_POINTER:
         return f"{path} is a pointer of Git LFS, not the weights; fetch them with: git lfs pull"
     if start.startswith(_ZIP_MAGIC):
         return f"{path} is cut off, or damaged: a zip archive without its table of contents; download it again"
