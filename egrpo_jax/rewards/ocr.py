@@ -19,6 +19,9 @@ from egrpo_jax.images import to_uint8
 Reader = Callable[[np.ndarray], str]
 """`(image[H, W, 3], uint8 RGB) -> text` that was read in it."""
 
+_AS_IN_FLOW_GRPO = {"Global.use_cls": False, "Det.limit_type": "max", "Det.limit_side_len": 960}
+"""Settings of PaddleOCR there: text upside down is not turned; images are made smaller, never larger, to be read."""
+
 _QUOTED = re.compile(r'["“]([^"“”]*)["”]')
 
 
@@ -86,7 +89,7 @@ def _rapidocr() -> Reader:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError(f"the reward 'ocr' needs rapidocr ({error}): pip install 'egrpo_jax[ocr]'") from None
-    engine = RapidOCR(params={"Global.log_level": "critical"})
+    engine = RapidOCR(params={"Global.log_level": "critical", **_AS_IN_FLOW_GRPO})
 
     def read(image: np.ndarray) -> str:
         lines = engine(np.ascontiguousarray(image[..., ::-1])).txts  # it takes BGR, as OpenCV does

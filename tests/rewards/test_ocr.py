@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,21 +105,23 @@ def test_rendered_text_is_read():
     np.testing.assert_array_equal(reward(images, prompts), scores)
 
 
-def test_colours_are_read_in_their_order():
-    """A text in a blue that is as bright as its red background only if the channels are swapped."""
-    pytest.importorskip("rapidocr")
-    seen = []
-    import rapidocr
+def test_rapidocr_gets_blue_first_and_its_lines_are_joined(monkeypatch):
+    seen, lines = [], iter([("New", "Hope"), None])
 
-    class Engine(rapidocr.RapidOCR):
+    class Engine:
+        def __init__(self, params):
+            seen.append(params)
+
         def __call__(self, image):
             seen.append(image)
-            return super().__call__(image)
+            return SimpleNamespace(txts=next(lines))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rapidocr.RapidOCR", Engine)
-        image = np.zeros((1, 64, 64, 3), np.float32)
-        image[..., 0] = 1
-        load_reward("ocr")(image, ['"red"'])
-    assert (seen[0][..., 2] == 255).all()
-    assert not seen[0][..., :2].any()
+    monkeypatch.setitem(sys.modules, "rapidocr", SimpleNamespace(RapidOCR=Engine))
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    images[..., 0] = 1
+    np.testing.assert_array_equal(load_reward("ocr")(images, ['"new hope"'] * 2), [1, 0])
+    params, *pictures = seen
+    assert params["Det.limit_type"] == "max"
+    for picture in pictures:
+        assert picture.flags.c_contiguous
+        np.testing.assert_array_equal(picture[0, 0], [0, 0, 255])

@@ -14,6 +14,7 @@ from egrpo_jax.images import to_uint8
 from egrpo_jax.rewards import ScorersConfig, load_reward, start
 from egrpo_jax.rewards.config import RemoteConfig
 from egrpo_jax.rewards.remote import remote
+from egrpo_jax.rewards.scores import Scores
 from tests import fault_server
 from tests.fault_server import FaultServer, numbered, right, says
 
@@ -40,6 +41,11 @@ def test_every_image_gets_its_score(count, batch):
         assert len(server.requests) == -(-count // batch)
         assert set(server.paths) <= {"/at?v=1"}
     assert not reward.faults
+
+
+def working():
+    """The threads that have requests under way."""
+    return [thread for thread in threading.enumerate() if "_work" in thread.name]
 
 
 def test_it_is_found_by_its_name_in_the_config():
@@ -79,6 +85,25 @@ def test_requests_at_once_are_bounded():
     with FaultServer(in_pairs) as server:
         np.testing.assert_array_equal(make(server.url, concurrency=2)(*numbered(20)), expected(20))
         assert server.most_at_once == 2
+
+
+def test_no_request_is_made_before_its_turn(monkeypatch):
+    """Encoded images take memory too."""
+    made, go, build = [], threading.Event(), Scores.request
+    monkeypatch.setattr(Scores, "request", lambda *args: made.append(1) or build(*args))
+
+    def when_told(handler, request):
+        go.wait(FOREVER)
+        right(handler, request)
+
+    with FaultServer(when_told) as server:
+        pending = make(server.url, concurrency=2).start(*numbered(20))
+        while server.at_once < 2:
+            time.sleep(0.01)
+        assert len(made) == 2
+        go.set()
+        np.testing.assert_array_equal(pending(), expected(20))
+    assert len(made) == 10
 
 
 def test_scoring_goes_on_in_the_background():
@@ -205,12 +230,15 @@ def test_a_slow_answer_is_given_up(slow):
 
 @pytest.mark.parametrize("slow", [fault_server.silent, fault_server.trickles, fault_server.trickles_body])
 def test_no_call_lasts_beyond_its_deadline(slow, capsys):
-    """Whatever was there by then is kept."""
+    """Whatever was there by then is kept, and what was under way is given up."""
     with FaultServer(right, slow) as server:
         reward = make(server.url, deadline=1.0, concurrency=1)
         begun = time.monotonic()
         scores = reward(*numbered(4))
         assert 0.9 < time.monotonic() - begun < 8
+        for thread in working():
+            thread.join(8)
+            assert not thread.is_alive()
     np.testing.assert_array_equal(scores, [0.5, 1.5, np.nan, np.nan])
     assert reward.faults["missing"] == 2
     assert "2 of 4 scores never came within 1 s" in capsys.readouterr().err
@@ -261,9 +289,8 @@ def test_pauses_double_and_stay_below_their_limit(monkeypatch):
 
 def test_threads_keep_no_process_and_end_by_themselves():
     with FaultServer(right) as server:
-        before = set(threading.enumerate())
         call = make(server.url).start(*numbered(6))
-        mine = [thread for thread in set(threading.enumerate()) - before if "_work" in thread.name]
+        mine = working()
         assert all(thread.daemon for thread in mine)
         call()
         assert not any(thread.is_alive() for thread in mine)

@@ -183,6 +183,7 @@ def test_a_scorer_that_fails_once_goes_on(capsys):
 
 
 def test_a_client_that_goes_away_costs_nothing(monkeypatch):
+    assert serve._Handler.timeout == serve.SILENCE
     monkeypatch.setattr(serve._Handler, "timeout", 0.2)
     with serving(brightness) as server:
         for request in (b"", b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{"):
@@ -192,6 +193,29 @@ def test_a_client_that_goes_away_costs_nothing(monkeypatch):
             silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{")
             assert b" 408 " in silent.recv(100)
         assert send(server, body(png(GRAY)))[0] == 200
+
+
+def test_closing_waits_for_the_answers_under_way():
+    begun, go, scores = threading.Event(), threading.Event(), []
+
+    def when_told(images, _):
+        begun.set()
+        go.wait(30)
+        return np.zeros(len(images))
+
+    with serving(when_told) as server:
+        asking = threading.Thread(target=lambda: scores.append(client(server)(*numbered(2))))
+        asking.start()
+        assert begun.wait(30)
+        server.shutdown()
+        closing = threading.Thread(target=server.server_close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        go.set()
+        closing.join(30)
+        asking.join(30)
+    np.testing.assert_array_equal(scores, [[0, 0]])
 
 
 def test_the_program_serves_until_it_is_told_to_stop():
