@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from egrpo_jax.config import ConfigError, from_config_dict
+from egrpo_jax.config import ConfigError, from_config_dict, to_config_dict
 from egrpo_jax.images import to_uint8
 from egrpo_jax.rewards import ScorersConfig, load_reward, start
 from egrpo_jax.rewards.config import RemoteConfig
@@ -53,6 +53,13 @@ def test_it_is_found_by_its_name_in_the_config():
         scorers = from_config_dict(ScorersConfig, {"remote": {"judge": {"url": server.url, "batch": 4}}})
         np.testing.assert_array_equal(load_reward("judge", scorers)(*numbered(5)), expected(5))
         assert len(server.requests) == 2
+
+
+def test_a_config_file_keeps_it():
+    scorers = ScorersConfig(
+        remote={"judge": RemoteConfig("http://a:1/b", patterns=(r"(\d)",)), "b": RemoteConfig("http://b")}
+    )
+    assert from_config_dict(ScorersConfig, to_config_dict(scorers)) == scorers
 
 
 def test_answers_in_any_order_go_to_their_own_images():
