@@ -156,7 +156,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         tensors.pop("__metadata__", None)
         stored = {name: _stored(path, name, fields, 8 + header_size) for name, fields in tensors.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or damaged; give one that is, or download it again") from None
+        raise UserError(f"{path} is not a safetensors file, or damaged; give one, or download it again") from None
     promised = max((t.offset + math.prod(t.shape) * t.dtype.itemsize for t in stored.values()), default=8 + header_size)
     if promised != file_size:
         raise UserError(
