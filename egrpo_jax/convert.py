@@ -96,7 +96,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         pipeline = load_pipeline(config.model, mesh)
         params = pipeline.params if WORKDIR.value is None else restore_params(Path(WORKDIR.value), pipeline, config)[0]
-        sizes = read_transformer_config(base / "transformer")
+        sizes = read_transformer_config(base / "transformer", config.model.flux.transformer)
         if TO.value == "peft":
             assert lora is not None
             file = out if out.suffix == ".safetensors" else out / FILE_NAME

@@ -64,13 +64,8 @@ def pipeline_folder(path: str, text: bool) -> Path:
 
 def load_transformer(folder: Path, other: str | None, dtype: str, mesh: Mesh) -> tuple[FluxConfig, Params]:
     """The transformer in a pipeline's `folder`, or with the weights of the file or folder `other`."""
-    if other is None:
-        source = folder
-    else:
-        source = Path(other)
-        if not source.exists():
-            raise ConfigError("model.flux.transformer", other, "an existing file or folder of weights")
-    config = read_transformer_config(source if source.is_dir() else folder)
+    source = folder if other is None else Path(other)
+    config = read_transformer_config(folder, other)
     template = _template(transformer_shapes(config), "flow", dtype, mesh)
     if (source / ORBAX).is_dir():
         return config, _restore(source / ORBAX, template)
@@ -79,9 +74,13 @@ def load_transformer(folder: Path, other: str | None, dtype: str, mesh: Mesh) ->
     return config, load_params(files, flux.flux_layout(config, fmt), template)
 
 
-def read_transformer_config(folder: Path) -> FluxConfig:
-    """The sizes of the transformer in `folder`."""
-    return flux.config_from_diffusers(read_config(folder, flux.CLASS_NAME, flux.KNOWN_KEYS))
+def read_transformer_config(folder: Path, other: str | None) -> FluxConfig:
+    """The sizes of the transformer in `folder`, or of `other`: a folder has its own, a file those of `folder`."""
+    source = folder if other is None else Path(other)
+    if not source.exists() and other is not None:
+        raise ConfigError("model.flux.transformer", other, "an existing file or folder of weights")
+    place = source if other is None or source.is_dir() else folder
+    return flux.config_from_diffusers(read_config(place, flux.CLASS_NAME, flux.KNOWN_KEYS))
 
 
 def transformer_shapes(config: FluxConfig) -> Params:
