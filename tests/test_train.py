@@ -1,5 +1,7 @@
 """The training program on the toy flow: its record, its resumption after every kind of end, its refusals."""
 
+import base64
+import io
 import json
 import random
 import shutil
@@ -17,7 +19,7 @@ from egrpo_jax.config import from_config_dict
 from egrpo_jax.errors import UserError
 from egrpo_jax.metrics import read_metrics
 from egrpo_jax.train_config import TrainConfig
-from tests import programs, toy
+from tests import fault_server, programs, toy
 
 ITERATIONS = 12
 TIMED = ("seconds/", "images_per_second")
@@ -216,6 +218,31 @@ def test_a_missing_score_ends_the_run_if_told_so_and_nothing_is_lost(tmp_path, m
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert program.train(changed, tmp_path) is None
     assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def brightness(handler, request):
+    """A server's answer: the mean of each image."""
+    files = [io.BytesIO(base64.b64decode(image)) for image in request["images"]]
+    fault_server.reply(handler, {"scores": [float(np.asarray(Image.open(file)).mean() / 255) for file in files]})
+
+
+def test_a_server_that_is_down_for_a_while_costs_groups_and_not_the_run(tmp_path):
+    down, partly = fault_server.says({}, 503), fault_server.says({"scores": [1.0] * 3 + [None] + [1.0] * 60})
+    # Scored at once: 8 prompts, 2 active steps, 4 samples; 8 evaluation prompts before.
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {'x' * i}" for i in range(8)))
+    with fault_server.FaultServer(brightness, brightness, down, partly, brightness) as server:
+        remote = {"url": server.url, "batch": 64, "retries": 0}
+        changes = {"num_iterations": 4, "evaluation.every": 100, "rewards.train": ("judge",)}
+        workdir, prompts = tmp_path / "run", str(tmp_path / "prompts.txt")
+        changed = config(**changes, **{"evaluation.prompts": prompts, "scorers.remote": {"judge": remote}})
+        assert program.train(changed, workdir) is None
+    first, *lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["groups_left_out"] for line in lines] == [0, 16, 1, 0]
+    assert [line["reward/judge/missing"] for line in lines] == [0, 64, 1, 0]
+    # Nothing to learn from: neither of the two updates is made.
+    assert [line["skipped_updates"] for line in lines] == [0, 2, 2, 2]
+    assert lines[-1]["eval/judge/mean"] == pytest.approx(lines[-1]["eval/tests.toy:brightness/mean"], abs=1 / 255)
+    assert first["eval/judge/missing"] == 0
 
 
 def test_what_is_wrong_with_rewards_is_said_before_anything_is_loaded():
