@@ -40,15 +40,15 @@ class Sampler:
 
         self._sample = spread(sample, (REPLICATED, over_data(), over_data()), over_data())
 
-    def __call__(self, params: Any, prompts: Sequence[str], key: jax.Array) -> np.ndarray:
-        """Images `[P, H, W, 3]` in [0, 1]. A prompt's noise depends on `key` and its place alone."""
+    def __call__(self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0) -> np.ndarray:
+        """Images `[P, H, W, 3]` in [0, 1]. A prompt's noise depends on `key` and its place alone, from `first` on."""
         parts = []
         starts = range(0, len(prompts), self._batch)
         for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + self._batch])
             # One shape for all batches: the last one is filled up, and cut off again.
             filled = part + part[-1:] * (self._batch - len(part))
-            keys = prompt_keys(key, start, self._batch)
+            keys = prompt_keys(key, first + start, self._batch)
             images = self._sample(params, keys, self._pipeline.encode(filled))
             parts.append(np.asarray(images)[: len(part)])
         return np.concatenate(parts)

@@ -46,7 +46,20 @@ def grid(
     return _arrange([_with_caption(tile, text) for tile, text in _captioned(tiles, captions)], columns)
 
 
-def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str], title: str = "") -> Image.Image:
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """`image [H, W, 3]`, uint8, reduced so that neither side is longer than `side`."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.array(picture)
+
+
+def before_after(
+    before: ArrayLike,
+    after: ArrayLike,
+    captions: Sequence[str],
+    title: str = "",
+    labels: tuple[str, str] = ("before", "after"),
+) -> Image.Image:
     """Bands of up to eight images before, the same after below them, and the captions underneath.
 
     Args:
@@ -54,6 +67,7 @@ def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str], t
       after: [B, H, W, 3] in [0, 1].
       captions: B texts.
       title: stands above, and should say how the images were chosen.
+      labels: of the two rows.
     """
     old, new = _tiles(before, None), _tiles(after, None)
     columns = [
@@ -61,7 +75,7 @@ def before_after(before: ArrayLike, after: ArrayLike, captions: Sequence[str], t
         for first, second, text in zip(old, new, captions, strict=True)
     ]
     bands = [
-        _with_row_labels(_arrange(columns[start : start + _BAND], _BAND), old[0].height)
+        _with_row_labels(_arrange(columns[start : start + _BAND], _BAND), old[0].height, labels)
         for start in range(0, len(columns), _BAND)
     ]
     return stack([_heading(title, bands[0].width), *bands] if title else bands)
@@ -109,12 +123,12 @@ def _with_caption(tile: Image.Image, text: str) -> Image.Image:
     return result
 
 
-def _with_row_labels(band: Image.Image, row_height: int) -> Image.Image:
-    """`band` with "before" and "after", read upwards, left of its two rows of images."""
+def _with_row_labels(band: Image.Image, row_height: int, labels: tuple[str, str]) -> Image.Image:
+    """`band` with `labels`, read upwards, left of its two rows of images."""
     font = ImageFont.load_default(_LABEL_SIZE)
     result = Image.new("RGB", (_MARGIN + band.width, band.height), "white")
     result.paste(band, (_MARGIN, 0))
-    for row, word in enumerate(("before", "after")):
+    for row, word in enumerate(labels):
         label = Image.new("RGB", (row_height, _MARGIN), "white")
         ImageDraw.Draw(label).text((row_height / 2, _MARGIN / 2), word, fill="black", font=font, anchor="mm")
         result.paste(label.rotate(90, expand=True), (0, _GAP + row * (row_height + _PAIR_GAP)))

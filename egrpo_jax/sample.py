@@ -22,26 +22,15 @@ from egrpo_jax.atomic import atomic_write
 from egrpo_jax.config import from_config_dict
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.errors import UserError
-from egrpo_jax.evaluation import Sampler
-from egrpo_jax.flow.schedule import shifted_times
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines import Pipeline, load_pipeline
+from egrpo_jax.pipelines import load_pipeline
 from egrpo_jax.progress import restore_params
+from egrpo_jax.sampling_flags import SEED, WORKDIR, chosen_sampling
 from egrpo_jax.train_config import TrainConfig
 
 PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts from a file (txt, JSONL or CSV) or a built-in set.")
 OUT = flags.DEFINE_string("out", None, "PNG file for one sheet of all images, or a folder.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-STEPS = flags.DEFINE_integer("steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1)
-SCHEDULE = flags.DEFINE_enum(
-    "schedule",
-    "training",
-    ["training", "pipeline"],
-    "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
-)
-BATCH = flags.DEFINE_integer("batch", None, "Prompts sampled at once; by default as in evaluations.", lower_bound=1)
 
 
 def chosen_prompts() -> list[str]:
@@ -54,17 +43,6 @@ def chosen_prompts() -> list[str]:
     if not prompts:
         raise UserError(f"--prompts: found {PROMPTS.value}, expected at least one prompt")
     return prompts
-
-
-def chosen_shift(config: TrainConfig, pipeline: Pipeline) -> float:
-    """The shift of the time grid that the flags name."""
-    if SCHEDULE.value == "training":
-        return config.plan.shift
-    if pipeline.sampling_shift is None:
-        raise UserError(
-            f"--schedule=pipeline: the model {config.model.name!r} has no schedule of its own; use training"
-        )
-    return pipeline.sampling_shift
 
 
 def write(out: Path, pictures: np.ndarray, prompts: list[str], settings: dict[str, Any]) -> None:
@@ -92,12 +70,9 @@ def main() -> None:
         if WORKDIR.value is not None:
             params, iteration = restore_params(Path(WORKDIR.value), pipeline, config)
             source = f"{WORKDIR.value}, iteration {iteration}"
-        steps, shift = STEPS.value or config.plan.num_steps, chosen_shift(config, pipeline)
-        sampler = Sampler(
-            pipeline, shifted_times(steps, shift), BATCH.value or min(config.evaluation.batch, len(prompts))
-        )
-        pictures = sampler(params, prompts, jax.random.key(SEED.value))
-    settings = {"weights": source, "seed": SEED.value, "steps": steps, "shift": shift}
+        sampling = chosen_sampling(config, pipeline, len(prompts))
+        pictures = sampling.sampler(pipeline)(params, prompts, jax.random.key(SEED.value))
+    settings = {"weights": source, "seed": SEED.value, "steps": sampling.steps, "shift": sampling.shift}
     write(Path(OUT.value), pictures, prompts, settings | {"model": cli.CONFIG.value.model.to_dict()})
     print(f"{len(prompts)} images from {source}: {OUT.value}")
 

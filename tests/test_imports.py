@@ -18,7 +18,7 @@ ALLOWED = {
     "pipelines": {"pipelines", "data", "flow", "models", "parallel", "weights"},
     "pretraining": {"pretraining", "weights", "models", "data", "flow", "rewards"},
 }
-PROGRAMS = {"train", "sample", "encode", "convert", "pretrain"}
+PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "pretrain"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
     *("absl", "array_record", "chex", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "ml_collections"),
     *("numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX", "tokenizers", "tqdm"),

@@ -27,6 +27,7 @@ class CosineReward:
     def __init__(self, name: str, folder: str | os.PathLike[str] | None = None):
         tower, self._params = load_tower(name, folder)
         self._score = jax.jit(lambda params, images, texts: (_encode(tower, params, images) * texts).sum(-1))
+        self._encode_image = jax.jit(functools.partial(_encode, tower))
         self._encode_text = jax.jit(functools.partial(tower.apply, method="encode_text"))
         self._texts: dict[str, np.ndarray] = {}
 
@@ -38,6 +39,10 @@ class CosineReward:
             vectors = self._encode_text({"params": self._params}, encode_prompts(new).pooled)
             self._texts |= zip(new, np.asarray(vectors), strict=True)
         return self._score(self._params, images, np.stack([self._texts[prompt] for prompt in prompts]))
+
+    def encode_images(self, images: chex.Array) -> chex.Array:
+        """Features `[B, D]` of length 1 of `images [B, 32, 32, 3]` in [0, 1]."""
+        return self._encode_image(self._params, images)
 
 
 class RecallReward:

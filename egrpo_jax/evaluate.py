@@ -1,0 +1,133 @@
+"""Judges a model: `python -m egrpo_jax.evaluate --config configs/emoji.py --workdir runs/emoji --out evaluation`.
+
+The model of the config, and with --workdir that of a training run beside it, draw the same prompts from the same noise;
+every reward of the config, or those of --rewards, scores them. --out becomes a folder: `table.md` and `table.json`,
+the statistics and how they were made; `scores.jsonl`, every score; `gains.png`, what gained and lost most.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from egrpo_jax import cli, comparison, protocol
+from egrpo_jax.atomic import atomic_write, new_folder
+from egrpo_jax.config import from_config_dict
+from egrpo_jax.data.prompts import read_prompts
+from egrpo_jax.errors import UserError
+from egrpo_jax.images import save_png
+from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.pipelines import Pipeline, load_pipeline
+from egrpo_jax.progress import restore_params
+from egrpo_jax.rewards import load_reward
+from egrpo_jax.sampling_flags import SCHEDULE, SEED, WORKDIR, chosen_sampling
+from egrpo_jax.side_by_side import (
+    Judging,
+    Results,
+    compare_all,
+    features_of,
+    gains_and_losses,
+    sample_and_score,
+    score_lines,
+)
+from egrpo_jax.train_config import TrainConfig
+
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set; default: the config's."
+)
+OUT = flags.DEFINE_string("out", None, "New folder to write.", required=True)
+REWARDS = flags.DEFINE_list("rewards", None, "Rewards, separated by commas; by default all of the config.")
+SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
+DIVERSITY = flags.DEFINE_string(
+    "diversity", None, "Reward whose image features measure how far the images of a prompt are apart."
+)
+
+
+def chosen_judging(config: TrainConfig, trained: Sequence[str], mesh: Mesh) -> Judging:
+    """The rewards that the flags name, loaded; the first that was not trained on is the judge."""
+    names = config.rewards.train + config.rewards.heldout if REWARDS.value is None else tuple(REWARDS.value)
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"--rewards: found {REWARDS.value}, expected names, each once")
+    if DIVERSITY.value is not None and SAMPLES.value < 2:
+        raise UserError(f"--diversity needs at least 2 images of each prompt, found --samples={SAMPLES.value}")
+    rewards = {name: load_reward(name, config.scorers, mesh) for name in names}
+    judge = next((name for name in names if name not in trained), names[0])
+    if DIVERSITY.value is None:
+        return Judging(rewards, judge, SAMPLES.value)
+    reward = rewards.get(DIVERSITY.value) or load_reward(DIVERSITY.value, config.scorers, mesh)
+    features = features_of(DIVERSITY.value, reward)
+    return Judging(rewards, judge, SAMPLES.value, features, f"diversity ({DIVERSITY.value})")
+
+
+def load_tuned(
+    config: TrainConfig, pipeline: Pipeline, workdir: Path | None
+) -> tuple[list[Any], dict[str, Any] | None]:
+    """The parameters of the run in `workdir`, if there is one, and what they are."""
+    if workdir is None:
+        return [], None
+    params, iteration = restore_params(workdir, pipeline, config)
+    return [params], {"workdir": str(workdir), "iteration": iteration, "ema_decay": config.learner.ema_decay}
+
+
+def check_out(out: Path) -> None:
+    """Finds out before hours of sampling, not after them, whether `out` can be written. Raises UserError."""
+    with new_folder(out):
+        pass
+    out.rmdir()
+
+
+def write(out: Path, table: str, record: dict[str, Any], prompts: Sequence[str], results: Results, judge: str) -> None:
+    """Writes the folder."""
+    with new_folder(out) as folder:
+        atomic_write(folder / "table.md", table)
+        atomic_write(folder / "table.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        atomic_write(folder / "scores.jsonl", score_lines(prompts, results.scores))
+        if (picture := gains_and_losses(results.pairs, judge)) is not None:
+            save_png(picture, folder / "gains.png")
+
+
+def main() -> None:
+    """Samples, scores, compares and writes."""
+    config, out = from_config_dict(TrainConfig, cli.CONFIG.value), Path(OUT.value)
+    workdir = None if WORKDIR.value is None else Path(WORKDIR.value)
+    source = PROMPT_FILE.value or config.evaluation.prompts
+    prompts, trained = read_prompts(source), protocol.trained_rewards(config, workdir)
+    check_out(out)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        judging = chosen_judging(config, trained, mesh)
+        pipeline = load_pipeline(config.model, mesh)
+        pipeline.require(prompts)
+        params, tuned = load_tuned(config, pipeline, workdir)
+        models = [pipeline.params, *params]
+        sampling = chosen_sampling(config, pipeline, len(prompts))
+        results = sample_and_score(sampling.sampler(pipeline), models, prompts, SEED.value, sampling.batch, judging)
+    made = {
+        "base": protocol.describe_model(config.model, pipeline),
+        "tuned": tuned,
+        "prompts": protocol.describe_prompts(source, prompts),
+        "resolution": dict(zip(("height", "width"), results.resolution, strict=True)),
+        "steps": sampling.steps,
+        "schedule": SCHEDULE.value,
+        "shift": sampling.shift,
+        "seeds": list(range(SEED.value, SEED.value + judging.samples)),
+        "intervals": protocol.INTERVALS,
+        "versions": protocol.environment(),
+        "rewards": {name: protocol.describe_reward(name, config.scorers) for name in judging.rewards},
+        "config": protocol.public_config(config),
+    }
+    comparisons = compare_all(results.scores, judging, trained)
+    table = protocol.document(comparisons, made)
+    record = {"scores": [comparison.as_json(row) for row in comparisons], "protocol": made}
+    write(out, table, record, prompts, results, judging.judge)
+    print(f"{table}\n{out}: table.md, table.json, scores.jsonl and, if anything changed, gains.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)
