@@ -1,6 +1,6 @@
-"""CLIP's transformer (Radford et al., 2021, arXiv:2103.00020) and its text encoder as pure Flax Linen modules.
+"""CLIP (Radford et al., 2021, arXiv:2103.00020) and its text encoder by itself, as pure Flax Linen modules.
 
-`Transformer` is the stack of pre-norm blocks of every CLIP tower; a tower adds what comes before and after it.
+`Transformer` is the stack of pre-norm blocks of both towers; a tower adds what comes before and after it.
 Blocks are scanned: compile time does not grow with depth, and their parameters carry a leading layer axis.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -63,6 +64,35 @@ class ClipTextConfig:
     vocab_size: int = 49_408
     length: int = 77
     eos_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """A vision transformer; the defaults are ViT-H/14 at 224 pixels.
+
+    Attributes:
+      transformer: sizes of the stack.
+      image_size, patch_size: sides in pixels; where they do not fit, pixels at the right and the bottom are not seen.
+    """
+
+    transformer: TransformerConfig = TransformerConfig(1280, 32, 16, 5120, "gelu")
+    image_size: int = 224
+    patch_size: int = 14
+
+    @property
+    def tokens(self) -> int:
+        """One for each patch, and one before them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Both towers, and the dimension of the space where they meet; the defaults are ViT-H-14 (986,109,441 parameters),
+    which HPSv2 and PickScore were trained from."""
+
+    vision: ClipVisionConfig = ClipVisionConfig()
+    text: ClipTextConfig = ClipTextConfig(TransformerConfig(1024, 24, 16, 4096, "gelu"))
+    dim: int = 1024
 
 
 class ClipTextFeatures(NamedTuple):
@@ -168,6 +198,89 @@ class ClipText(nn.Module):
         return ClipTextFeatures(states, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
 
 
+class ClipVision(nn.Module):
+    """CLIP's vision transformer, without a projection.
+
+    Attributes:
+      config: the sizes.
+      dtype: what it computes in and returns.
+      param_dtype: what the parameters are stored in.
+    """
+
+    config: ClipVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: chex.Array) -> chex.Array:
+        """The state `[B, D]` that gathers what is in `images [B, image_size, image_size, 3]`, normalised as CLIP's."""
+        config = self.config
+        chex.assert_shape(images, (None, config.image_size, config.image_size, 3))
+        width, patch = config.transformer.width, (config.patch_size, config.patch_size)
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(0.02)
+
+        x = nn.Conv(width, patch, patch, padding="VALID", use_bias=False, name="patches", **common)(images)
+        first = self.param("class_token", init, (width,), self.param_dtype).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, width)), x.reshape(len(x), -1, width)], axis=1)
+        x = x + self.param("positions", init, (config.tokens, width), self.param_dtype).astype(self.dtype)
+        x = layer_norm(name="first_norm", **common)(x)
+        x = Transformer(config.transformer, name="transformer", **common)(x)
+        return layer_norm(name="final_norm", **common)(x[:, 0])
+
+
+class Clip(nn.Module):
+    """Images and texts in one space, where cosines say how well they fit.
+
+    Attributes:
+      config: the sizes.
+      dtype: what it computes in.
+      param_dtype: what the parameters are stored in.
+    """
+
+    config: ClipConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.vision = ClipVision(self.config.vision, **common)
+        self.text = ClipText(self.config.text, **common)
+        self.image_projection = nn.Dense(self.config.dim, use_bias=False, **common)
+        self.text_projection = nn.Dense(self.config.dim, use_bias=False, **common)
+        # In float32 always: what rounds the logarithm of 100 moves 100 by a percent.
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
+
+    def __call__(self, images: chex.Array, ids: chex.Array) -> chex.Array:
+        """Logits `[B]`, float32: cosines of images and texts `ids` in the same row, times `exp(logit_scale)`."""
+        return jnp.exp(self.logit_scale) * (self.encode_images(images) * self.encode_text(ids)).sum(-1)
+
+    def encode_images(self, images: chex.Array) -> chex.Array:
+        """Unit vectors `[B, dim]`, float32, of `images [B, image_size, image_size, 3]`, normalised as CLIP's."""
+        return _unit(self.image_projection(self.vision(images)))
+
+    def encode_text(self, ids: chex.Array) -> chex.Array:
+        """Unit vectors `[B, dim]`, float32, of token `ids [B, L]`."""
+        return _unit(self.text_projection(self.text(ids).pooled))
+
+
+class LinearHead(nn.Module):
+    """Linear layers of `widths`, one after another with nothing between; computes in float32."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        for index, width in enumerate(self.widths):
+            x = nn.Dense(width, precision="highest", name=f"layer_{index}")(x)
+        return x
+
+
+def _unit(vectors: chex.Array) -> chex.Array:
+    vectors = vectors.astype(jnp.float32)
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
 def end_positions(ids: chex.Array, eos_id: int | None) -> chex.Array:
     """Where each of `ids [B, L]` ends, `[B]`: at the first `eos_id`, or, if that is None, at the first highest id."""
     return jnp.argmax(ids if eos_id is None else ids == eos_id, axis=-1)
@@ -177,3 +290,10 @@ def forward_flops(config: TransformerConfig, tokens: int) -> int:
     """Floating-point operations of the stack over one sequence; a causal mask saves none, norms cost none."""
     linear = 2 * tokens * (4 * config.width**2 + 2 * config.width * config.mlp_dim)
     return config.num_layers * (linear + 4 * tokens**2 * config.width)
+
+
+def image_flops(config: ClipConfig) -> int:
+    """Floating-point operations of an image's vector; lookups and norms cost none."""
+    vision, width = config.vision, config.vision.transformer.width
+    patches = 2 * (vision.tokens - 1) * vision.patch_size**2 * 3 * width
+    return patches + forward_flops(vision.transformer, vision.tokens) + 2 * width * config.dim

@@ -6,7 +6,8 @@ rounded to the 256 levels of a file first, so that the score of an image is that
 Both ways of resizing apply Keys' cubic filter (a = -1/2), widened by the factor of reduction, to rows and then to
 columns: a matrix for each, made in float64 when the function is traced. They differ in what is between. Pillow stores
 each result in bytes, and its integer arithmetic is repeated here to the last bit; PyTorch's `interpolate` (bicubic,
-antialiased) rounds nothing.
+antialiased) rounds nothing. That rows come first is how Pillow was when scorers were published, up to version 12;
+Pillow 13 begins with the columns of images that are more than twice as tall as wide.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Preprocess:
         height, width = images.shape[1:3]
         levels = jnp.round(jnp.clip(images.astype(jnp.float32), 0, 1) * 255)
         apply = _in_integers if self.arithmetic == "pillow" else _along
-        levels = apply(self._matrix(width, height), levels, axis=2)  # rows first, as Pillow does
+        levels = apply(self._matrix(width, height), levels, axis=2)
         levels = apply(self._matrix(height, width), levels, axis=1)
         pixels = (levels / 255 - jnp.array(self.mean)) / jnp.array(self.std)
         return jnp.where(jnp.isnan(images).any((1, 2, 3), keepdims=True), jnp.nan, pixels)

@@ -1,10 +1,11 @@
-"""The tokenizers of FLUX.1's text encoders, from the folders that they are published in.
+"""The tokenizers of CLIP and T5, from the folders that they are published in.
 
-Both turn prompts into token ids of a fixed length, because both encoders are meant to see padding.
+All turn prompts into token ids of a fixed length, because FLUX.1's encoders are meant to see padding.
 """
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ CLIP_LENGTH = 77
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_EOS = "<pad>", "</s>"
 
-# Words as CLIP was trained on: special tokens, English endings, letters together, digits one by one, the rest together.
-_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Words as CLIP was trained on: English endings, letters together, digits one by one, the rest together.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}"
 
 
 def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
@@ -35,8 +37,8 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
     Raises:
       UserError: a file is missing, damaged, or not of a CLIP tokenizer.
     """
-    vocab, merges, whole = (Path(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-    if whole.is_file() and not (vocab.is_file() or merges.is_file()):
+    vocab, merges, whole = _clip_files(folder)
+    if whole is not None:
         tokenizer = _read(lambda: Tokenizer.from_file(str(whole)), whole)
         _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
     else:
@@ -44,30 +46,68 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
     return _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
 
 
+def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
+    """The same as `load_clip_tokenizer`, but of prompts mended first, as open_clip mends them.
+
+    Broken encodings and curly quotes are replaced and HTML's entities resolved; and what is spelled like a special
+    token is text. Ids differ for such prompts alone. Padding is the end token, where open_clip has 0: no feature of a
+    text depends on what follows its end.
+
+    Raises:
+      UserError: a file is missing, damaged, or not of a CLIP tokenizer.
+    """
+    vocab, merges, whole = _clip_files(folder)
+    if whole is not None:
+        tokenizer = Tokenizer(_read(lambda: Tokenizer.from_file(str(whole)), whole).model)
+    else:
+        tokenizer = Tokenizer(_clip_merges(vocab, merges))
+    _split_words(tokenizer, _WORDS)
+    _add_ends(tokenizer, *_token_ids(tokenizer, whole or vocab, CLIP_BOS, CLIP_EOS))
+    tokenize = _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
+    return lambda prompts: tokenize([_mend(prompt) for prompt in prompts])
+
+
+def _mend(prompt: str) -> str:
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
+
+
+def _clip_files(folder: str | os.PathLike[str]) -> tuple[Path, Path, Path | None]:
+    """`vocab.json`, `merges.txt`, and, if it is there without these, `tokenizer.json`."""
+    vocab, merges, whole = (Path(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    return vocab, merges, whole if whole.is_file() and not (vocab.is_file() or merges.is_file()) else None
+
+
 def _clip_from_merges(vocab: Path, merges: Path) -> Tokenizer:
-    model = _read(
-        lambda: models.BPE.from_file(
-            str(vocab), str(merges), unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>"
-        ),
-        vocab,
-        merges,
-    )
-    tokenizer = Tokenizer(model)
-    bos, eos = _token_ids(tokenizer, vocab, CLIP_BOS, CLIP_EOS)
+    tokenizer = Tokenizer(_clip_merges(vocab, merges))
+    ends = _token_ids(tokenizer, vocab, CLIP_BOS, CLIP_EOS)
     tokenizer.add_special_tokens([CLIP_BOS, CLIP_EOS])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+    _split_words(tokenizer, _CLIP_WORDS)
+    _add_ends(tokenizer, *ends)
+    return tokenizer
+
+
+def _clip_merges(vocab: Path, merges: Path) -> models.BPE:
+    read = lambda: models.BPE.from_file(
+        str(vocab), str(merges), unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>"
     )
+    return _read(read, vocab, merges)
+
+
+def _split_words(tokenizer: Tokenizer, words: str) -> None:
+    """Has `tokenizer` encode what the pattern `words` finds, one by one, and leave out what is between."""
+    split = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _add_ends(tokenizer: Tokenizer, bos: int, eos: int) -> None:
     tokenizer.post_processor = processors.RobertaProcessing(
         (CLIP_EOS, eos), (CLIP_BOS, bos), trim_offsets=False, add_prefix_space=False
     )
-    return tokenizer
 
 
 def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> Tokenize:
