@@ -17,7 +17,7 @@ from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from egrpo_jax.weights import clip, open_clip
-from egrpo_jax.weights.configs import _read_object, read_config
+from egrpo_jax.weights.configs import read_object, read_config
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.layout import Layout, Params
@@ -59,7 +59,7 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     folder = resolve(path, [open_clip.FILE, "config.json", *TOKENIZER])
     if not (folder / open_clip.FILE).is_file():
         return load_transformers_clip(path, dtype, mesh)
-    published = _read_object(folder / open_clip.FILE)
+    published = read_object(folder / open_clip.FILE)
     config = open_clip.config_from_open_clip(published.get("model_cfg") or {})
     preprocess = _preprocess_from_open_clip(published.get("preprocess_cfg") or {}, config.vision.image_size)
     files = open_weights(find_file(path, OPEN_CLIP_WEIGHTS))

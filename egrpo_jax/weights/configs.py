@@ -29,7 +29,7 @@ def read_config(
       UserError: no such file, no JSON object, another model, unknown keys, a value of another type.
     """
     path = Path(folder) / file
-    published = _read_object(path)
+    published = read_object(path)
     _check_class(path, published, class_name)
     config = {key: value for key, value in published.items() if not key.startswith("_")}
     if known is None:
@@ -43,7 +43,8 @@ def read_config(
     return {**known, **config}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises UserError: no such file, or something else in it."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
