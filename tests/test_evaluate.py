@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from egrpo_jax.evaluation import Sampler
 from egrpo_jax.flow.schedule import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline
+from egrpo_jax.pipelines.flux import FluxOptions
 from egrpo_jax.progress import first_progress, save
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
@@ -141,6 +143,16 @@ def test_a_reward_of_the_wrong_shape():
         results(wrong)
 
 
+def test_scoring_elsewhere_goes_on_while_the_tuned_model_samples():
+    reward = toy.Unreliable(fails=(1,))
+    judged = Judging({"remote": reward}, judge="remote")
+    found = results(judged, batch=len(PROMPTS))
+    assert reward.log == [("handed in", 0), ("handed in", 1), ("waited for", 0), ("waited for", 1)]
+    (row,) = compare_all(found.scores, judged, trained=())
+    assert (row.prompts, row.missing) == (len(PROMPTS) - 1, 1)
+    assert PROMPTS[-1] not in [shown.prompt for shown in found.pairs]
+
+
 def pair(number, gained):
     picture = np.full((4, 4, 3), number, np.uint8)
     return Pair(f"prompt {number}", (0.5, 0.5 + gained), (picture, picture))
@@ -157,8 +169,9 @@ def test_extremes_found_in_parts_are_those_of_all():
     np.testing.assert_allclose([gain(p) for p in kept], expected)
 
 
-def test_pictures_of_the_largest_gains_and_losses():
-    found = results(judging())
+@pytest.mark.parametrize("samples", [1, 2])
+def test_pictures_of_the_largest_gains_and_losses(samples):
+    found = results(judging(samples=samples))
     scores = [of_model["brightness"][:, 0] for of_model in found.scores]
     order = np.argsort(scores[0] - scores[1], kind="stable")
     assert found.pairs[0].prompt == PROMPTS[order[0]]
@@ -204,6 +217,14 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
         protocol.trained_rewards(config, tmp_path)
+
+
+@pytest.mark.parametrize("has_guidance", [True, False])
+def test_guidance_is_told_where_the_model_has_it(has_guidance):
+    config = ModelConfig(name="flux", path="org/model", flux=FluxOptions(guidance=4.5))
+    params = {"transformer": {"guidance_in" if has_guidance else "time_in": {"kernel": np.zeros(1)}}}
+    described = protocol.describe_model(config, SimpleNamespace(params=params))
+    assert described == {"name": "flux", "path": "org/model"} | ({"guidance": 4.5} if has_guidance else {})
 
 
 def test_rewards_are_described_without_secrets():
