@@ -8,9 +8,10 @@ a file of your own, by default `hpd_train.txt`; `python -m egrpo_jax.encode` mak
 text encoder is loaded: --config.model.flux.embeddings=FOLDER.
 
 Hardware: 8 accelerators of 80 GB. Memory, computed: weights, gradients and two moments in float32 are 190 GB, 24 GB
-on each of 8; four scorers in float32, 13.6 GB on each, working copies in bfloat16 and activations come on top. Work, computed: a prompt is 1012 forward passes in
-the rollout and 8 forward and backward passes of 37.3 TFLOP, 38.6 PFLOP in all, of which the update is 2 %: 8 prompts at
-40 % of 8 x 989 TFLOP/s take about 100 s an iteration, and 300 iterations 8 hours. Neither has been measured.
+on each of 8; four scorers in float32, 13.6 GB on each, working copies in bfloat16 and activations come on top.
+Work, computed: a prompt is 1012 forward passes in the rollout and 8 forward and backward passes of 37.3 TFLOP, 38.6
+PFLOP in all, of which the update is 2 %: 8 prompts at 40 % of 8 x 989 TFLOP/s take about 100 s an iteration, and 300
+iterations 8 hours. Neither has been measured.
 The mesh axis `fsdp` shards the weights; how evenly XLA shares the work along it has not been measured either.
 """
 

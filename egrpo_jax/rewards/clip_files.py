@@ -17,7 +17,7 @@ from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from egrpo_jax.weights import clip, open_clip
-from egrpo_jax.weights.configs import read_object, read_config
+from egrpo_jax.weights.configs import read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.layout import Layout, Params
