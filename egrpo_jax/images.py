@@ -136,8 +136,10 @@ def _with_row_labels(band: Image.Image, row_height: int, labels: tuple[str, str]
 
 
 def _heading(text: str, width: int) -> Image.Image:
-    result = Image.new("RGB", (width, 2 * _LABEL_SIZE), "white")
+    """`text` on a line of `width`, or wider where it needs more."""
     font = ImageFont.load_default(_LABEL_SIZE)
+    needed = math.ceil(font.getlength(text)) + 2 * (_MARGIN + _GAP)
+    result = Image.new("RGB", (max(width, needed), 2 * _LABEL_SIZE), "white")
     ImageDraw.Draw(result).text((_MARGIN + _GAP, _LABEL_SIZE), text, fill="black", font=font, anchor="lm")
     return result
 

@@ -71,6 +71,20 @@ def test_before_is_above_after():
     assert centres[102][1] - centres[51][1] > 160  # the second pair is right of the first
 
 
+def test_a_title_is_never_cut():
+    titled = before_after(flat(0.5), flat(0.5), [""], "the largest gains of all, and how they were chosen")
+    heading = titled.crop((0, 0, titled.width, 48))
+    last_dark_column = np.flatnonzero((np.asarray(heading) < 60).any(axis=(0, 2))).max()
+    assert 400 < last_dark_column < titled.width - 20
+
+
+def test_rows_are_labelled_as_asked():
+    plain, named = (before_after(flat(1), flat(1), [""], labels=labels) for labels in (("", ""), ("base", "tuned")))
+    assert not len(dark_rows(plain, 0, 36))
+    rows = dark_rows(named, 0, 36)
+    assert rows.min() < 8 + 160 < rows.max()
+
+
 def test_many_pairs_fill_bands_under_a_title():
     pairs = before_after(flat(*[0.5] * 8), flat(*[0.5] * 8), [""] * 8)
     more = before_after(flat(*[0.5] * 9), flat(*[0.5] * 9), [""] * 9)
