@@ -1,4 +1,7 @@
-"""CLIP's text encoder against the published one (golden files), its size and operations, who sees whom."""
+"""CLIP's text encoder against the published one (golden files), sizes and operations of both towers, who sees whom.
+
+That both towers together give the published vectors is tested with the rewards.
+"""
 
 import functools
 
@@ -10,12 +13,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from egrpo_jax.models.clip import (
+    Clip,
+    ClipConfig,
     ClipText,
     ClipTextConfig,
+    ClipVisionConfig,
+    LinearHead,
     Transformer,
     TransformerConfig,
     end_positions,
     forward_flops,
+    image_flops,
     quick_gelu,
 )
 from egrpo_jax.weights.clip import clip_text_layout
@@ -24,6 +32,7 @@ from tests.oracle.clip import CASES, GOLDEN, SEEDS, bfloat16_error, inputs
 from tests.oracle.random_weights import random_tensors
 
 SMALL = ClipTextConfig(TransformerConfig(16, 2, 2, 24, "gelu"), vocab_size=30, length=12)
+SMALL_CLIP = ClipConfig(ClipVisionConfig(TransformerConfig(12, 2, 3, 20, "gelu"), 17, 5), SMALL, dim=6)
 
 
 def template(config):
@@ -146,3 +155,62 @@ def test_operations(config, tokens):
     linear = sum(2 * tokens * leaf.size for path, leaf in kernels.items() if path.endswith("kernel"))
     pairs = tokens**2 * config.transformer.num_layers * config.transformer.width
     assert forward_flops(config.transformer, tokens) == linear + 4 * pairs
+
+
+def clip_shapes(config):
+    size = config.vision.image_size
+    images, ids = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Clip(config).init, jax.random.key(0), images, ids)
+
+
+@functools.cache
+def small_clip():
+    """A model, its variables, and 3 images and texts."""
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), clip_shapes(SMALL_CLIP))
+    return Clip(SMALL_CLIP), variables, rng.standard_normal((3, 17, 17, 3), np.float32), rng.integers(0, 30, (3, 7))
+
+
+def test_images_and_texts_are_unit_vectors_and_their_scaled_cosines_the_logits():
+    model, variables, images, ids = small_clip()
+    by_image, by_text = ("encode_images", images), ("encode_text", ids)
+    apply = lambda variables: [model.apply(variables, given, method=name) for name, given in (by_image, by_text)]
+    vectors, logits = jax.jit(lambda variables: (apply(variables), model.apply(variables, images, ids)))(variables)
+    for unit in vectors:
+        chex.assert_shape(unit, (3, 6))
+        np.testing.assert_allclose(np.linalg.norm(unit, axis=-1), 1, atol=1e-6)
+    scale = np.exp(variables["params"]["logit_scale"])
+    np.testing.assert_allclose(logits, scale * (vectors[0] * vectors[1]).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_is_seen_up_to_its_last_whole_patch():
+    """17 pixels are three patches of 5, and 2 that no patch is in."""
+    model, variables, images, _ = small_clip()
+    encode = jax.jit(functools.partial(model.apply, method="encode_images"))
+    before = encode(variables, images)
+    changed = images.copy()
+    changed[0, 15:] += 1
+    changed[1, 14, 14] += 1
+    difference = np.abs(encode(variables, changed) - before).max(-1)
+    assert difference[0] == difference[2] == 0
+    assert difference[1] > 1e-3
+    with pytest.raises(AssertionError):
+        encode(variables, images[:, :16])
+
+
+@pytest.mark.parametrize("config", [ClipConfig(), SMALL_CLIP])
+def test_operations_of_an_image(config):
+    """Those of its patches, of the stack and of the projection."""
+    params = clip_shapes(config)["params"]
+    patches = 2 * (config.vision.tokens - 1) * params["vision"]["patches"]["kernel"].size
+    stack = forward_flops(config.vision.transformer, config.vision.tokens)
+    assert image_flops(config) == patches + stack + 2 * params["image_projection"]["kernel"].size
+    if config == ClipConfig():
+        assert 3.3e11 < image_flops(config) < 3.4e11
+
+
+def test_a_linear_head_is_one_matrix():
+    head, x = LinearHead((5, 3, 1)), jax.random.normal(jax.random.key(0), (4, 7))
+    variables = jax.jit(head.init)(jax.random.key(1), x)
+    kernels = [variables["params"][f"layer_{index}"]["kernel"] for index in range(3)]
+    np.testing.assert_allclose(head.apply(variables, x), x @ kernels[0] @ kernels[1] @ kernels[2], atol=1e-5)

@@ -1,4 +1,7 @@
-"""Images as published scorers resize, crop and normalise them: against Pillow to the last bit, against sums by hand."""
+"""Images as published scorers resize, crop and normalise them.
+
+Against Pillow to the last bit, against PyTorch and open_clip (golden file), and against sums by hand.
+"""
 
 import jax
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 from PIL import Image
 
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, resize_matrix
+from tests.oracle import open_clip, scored_images
 
 SIZES = {  # of images, and the side of the square
     "square": (96, 96, 28),
@@ -47,6 +51,16 @@ def test_pillow_to_the_last_bit(name, odd_crop):
     top, left = (left // 2 if odd_crop == "floor" else round(left / 2) for left in leftovers)
     got = in_levels(size, odd_crop=odd_crop)(given / np.float32(255))
     np.testing.assert_allclose(got, expected[:, top : top + size, left : left + size], atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "arithmetic", "error"), [("hps", "torch", 1e-5), ("clip", "pillow", 2e-6)])
+@pytest.mark.parametrize("size", scored_images.SIZES)
+def test_published_pixels(kind, arithmetic, error, size):
+    """HPSv2's transform, whose weights PyTorch rounds to float32, and open_clip's; a level is 0.015 of these units."""
+    with np.load(open_clip.GOLDEN) as file:
+        expected = file[f"pixels/{kind}_{size}"].transpose(0, 2, 3, 1)
+    preprocess = jax.jit(Preprocess(expected.shape[1], arithmetic))
+    np.testing.assert_allclose(preprocess(scored_images.images(size, 1) / np.float32(255)), expected, atol=error)
 
 
 def test_the_two_crops_differ_where_the_leftover_is_odd():

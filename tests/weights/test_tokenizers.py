@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from egrpo_jax.errors import UserError
-from egrpo_jax.weights.tokenizers import _clip_from_merges, load_clip_tokenizer, load_t5_tokenizer
+from egrpo_jax.weights.tokenizers import (
+    _clip_from_merges,
+    load_clip_tokenizer,
+    load_open_clip_tokenizer,
+    load_t5_tokenizer,
+)
+from tests.oracle import open_clip
+from tests.oracle.scored_images import TEXTS
 from tests.oracle.tokenizers import BOS, EOS, GOLDEN, PROMPTS, T5_LENGTHS, t5_pieces, write_clip, write_t5
 
 
@@ -59,6 +66,40 @@ def test_clip_from_tokenizer_json_alone(clip_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     whole.save(str(folder / "tokenizer.json"))
     np.testing.assert_array_equal(load_clip_tokenizer(folder)(PROMPTS), golden("clip"))
+
+
+def up_to_the_end(ids):
+    """Without padding, which open_clip does with another token: no feature depends on it."""
+    return [list(row[: list(row).index(ids.max()) + 1]) for row in ids]
+
+
+def test_open_clip_ids_are_the_published_ones(clip_folder):
+    with np.load(open_clip.GOLDEN) as file:
+        expected = file["tokens/ids"]
+    ids = load_open_clip_tokenizer(clip_folder)(TEXTS)
+    assert ids.shape == (len(TEXTS), 77)
+    assert up_to_the_end(ids) == up_to_the_end(expected)
+    mended = [row for row, text in enumerate(TEXTS) if (load_clip_tokenizer(clip_folder)([text]) != ids[row]).any()]
+    assert len(mended) >= 4
+    assert mended[0] > 0
+
+
+def test_open_clip_texts_by_hand(clip_folder):
+    """Entities are resolved twice, broken encodings and ligatures mended; special tokens are text."""
+    ids = load_open_clip_tokenizer(clip_folder)
+    np.testing.assert_array_equal(ids(["the  &amp;lt; CAT\n"]), ids(["the < cat"]))
+    np.testing.assert_array_equal(ids(["the dogâ€™s"]), ids(["the dog's"]))
+    eos = clip_ids(clip_folder)[2]
+    for text in (EOS, "<end_of_text>"):
+        row = list(ids([f"the cat {text} of"])[0])
+        assert row.index(eos) > 6, text
+
+
+def test_open_clip_from_tokenizer_json_alone(clip_folder, tmp_path_factory):
+    whole = _clip_from_merges(clip_folder / "vocab.json", clip_folder / "merges.txt")
+    folder = tmp_path_factory.mktemp("whole")
+    whole.save(str(folder / "tokenizer.json"))
+    np.testing.assert_array_equal(load_open_clip_tokenizer(folder)(TEXTS), load_open_clip_tokenizer(clip_folder)(TEXTS))
 
 
 @pytest.mark.parametrize("length", T5_LENGTHS)
