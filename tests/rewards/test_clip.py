@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from egrpo_jax.errors import UserError
 from egrpo_jax.models.clip import Clip
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.rewards import clip
+from egrpo_jax.rewards import clip, clip_files
 from egrpo_jax.rewards.clip_files import clip_shapes, hps_version, load_clip, load_hps
 from egrpo_jax.rewards.config import AestheticConfig, ClipScoreConfig, HpsConfig, PickScoreConfig, ScorersConfig
 from egrpo_jax.rewards.load import load_reward
@@ -278,6 +278,27 @@ def test_a_folder_without_weights_names_those_it_should_have(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(clip_model.CASES["pickscore"].published))
     with pytest.raises(UserError, match=r"has none of model.safetensors, pytorch_model.bin; give the folder"):
         load_reward("pickscore", scorers(tmp_path), MESH)
+
+
+def test_from_the_hub_only_what_is_used_is_downloaded(folders, tmp_path, monkeypatch):
+    """Of a repository like laion's, that has the same weights in four files."""
+    folder, fetched = folders(open_clip, "gelu"), []
+    weights = folder / "open_clip_pytorch_model.bin"
+    repository = {path.name: path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".bin")}
+    repository |= {"pytorch_model.bin": weights, "model.safetensors": weights}
+
+    def download(_, patterns):
+        for name in patterns:
+            if name in repository and not (tmp_path / name).exists():
+                fetched.append(name)
+                (tmp_path / name).symlink_to(repository[name])
+        return tmp_path
+
+    monkeypatch.setattr(clip_files, "resolve", download)
+    loaded = load_clip("laion/some-clip", "float32", MESH)
+    assert loaded.model.config == open_clip.CASES["gelu"].config
+    expected = ["merges.txt", "open_clip_config.json", "open_clip_pytorch_model.bin", "vocab.json"]
+    assert sorted(fetched) == expected
 
 
 @pytest.mark.parametrize("path", [None, "no such file.pth"])
