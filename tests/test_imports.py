@@ -20,7 +20,7 @@ ALLOWED = {
 }
 PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "pretrain"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
-    *("absl", "array_record", "chex", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "ml_collections"),
+    *("absl", "array_record", "chex", "flax", "ftfy", "grain", "huggingface_hub", "jax", "matplotlib", "ml_collections"),
     *("numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX", "tokenizers", "tqdm"),
     "wandb",
 }
