@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import ftfy
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -68,8 +69,6 @@ def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
 
 
 def _mend(prompt: str) -> str:
-    import ftfy
-
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
