@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 
 from tests.oracle.random_weights import random_tensors
+from tests.oracle.torchvision_shim import define_missing_operators
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "imagereward.npz"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -121,12 +122,9 @@ def network_inputs():
 @functools.cache
 def published_code():
     """The modules by their names, with stand-ins for what is imported and not used."""
-    import torch
     import transformers
 
-    library = torch.library.Library("torchvision", "DEF")  # its compiled part is for CUDA
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library = define_missing_operators()
     assert transformers.BertTokenizer  # looks for the package datasets, which must not be a stand-in yet
     for name in ("clip", "datasets", "ImageReward.ReFL"):
         sys.modules[name] = types.ModuleType(name)
