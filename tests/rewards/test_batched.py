@@ -1,11 +1,16 @@
 """A network over many rows: the same rows, whatever their number and wherever they are computed."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.batched import Batched
+from tests.programs import ROOT
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 13])
@@ -36,3 +41,29 @@ def test_it_is_compiled_once_for_a_shape():
     for seed in range(3):
         run(jax.random.normal(jax.random.key(seed), (4, 3)))
     assert len(traces) == 1
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.rewards.batched import Batched
+
+mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+run = Batched(lambda params, images: images.mean((1, 2)) * params, np.float32(2), 2, mesh)
+images = np.random.default_rng(0).normal(size=(13, 3, 2)).astype(np.float32)
+with jax.set_mesh(mesh):  # as in training
+    np.testing.assert_allclose(run(images), 2 * images.mean((1, 2)), rtol=1e-6)
+    spread = jax.device_put(images[:8], jax.NamedSharding(mesh, jax.P("data")))
+    outputs = run(spread)
+    assert outputs.sharding.spec[0] == "data"
+np.testing.assert_allclose(outputs, 2 * images[:8].mean((1, 2)), rtol=1e-6)
+np.testing.assert_allclose(run(images), 2 * images.mean((1, 2)), rtol=1e-6)
+"""
+
+
+def test_rows_are_spread_over_the_mesh():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
