@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 def run(config, out, *axes):
     command = [sys.executable, "-m", "tests.parallel.run_iterations", config, str(out), *map(str, axes)]
     devices = int(np.prod(axes))
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(out) as arrays:

@@ -62,7 +62,7 @@ np.testing.assert_allclose(run(images), 2 * images.mean((1, 2)), rtol=1e-6)
 
 
 def test_rows_are_spread_over_the_mesh():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
