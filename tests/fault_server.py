@@ -34,6 +34,7 @@ def indices(request):
 
 
 def reply(handler, body, status=200, length=None):
+    handler.leave()  # before the client, that has its answer, can come again
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     handler.send_response(status)
     handler.send_header("Content-Length", str(len(body) if length is None else length))
@@ -102,7 +103,7 @@ class FaultServer(http.server.ThreadingHTTPServer):
 
     Attributes:
       requests: those that came, as JSON; `paths` and `headers` are theirs.
-      most_at_once: the largest number of them that were under way together.
+      most_at_once: the largest number of them that were under way together, until their answers began.
     """
 
     daemon_threads = True
@@ -142,11 +143,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
+            self.under_way = True
         try:
             answer(self, request)
         finally:
-            with server.lock:
-                server.at_once -= 1
+            self.leave()
+
+    def leave(self):
+        """The request is under way no longer; the second time nothing happens."""
+        with self.server.lock:
+            self.server.at_once -= self.under_way
+            self.under_way = False
 
     def log_message(self, *_):
         pass

@@ -71,8 +71,8 @@ def test_answers_in_any_order_go_to_their_own_images():
         turn = at_once - 1 - arrived.wait(FOREVER)
         with answered:
             answered.wait_for(lambda: len(order) % at_once == turn, FOREVER)
+            order.append(request["prompts"])  # before the answer, after which the test may be over
             right(handler, request)
-            order.append(request["prompts"])
             answered.notify_all()
 
     with FaultServer(permuted) as server:
