@@ -1,6 +1,6 @@
 """Images scored a second under ViT-H-14, the CLIP of HPSv2: ours against open_clip on the same CPU, in one run.
 
-    python benchmarks/clip.py --rounds=3
+    python -m benchmarks.clip --rounds=3
 
 From images of 8 bits to cosines, float32, random weights, two threads for either; texts are encoded before, once.
 Either does what it does in use: ours the whole batch in one compiled function, theirs each image with Pillow, then
@@ -10,7 +10,6 @@ before anything is timed. Rounds alternate, so that what else the machine does f
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ from egrpo_jax.rewards.clip_files import LoadedClip, clip_shapes
 from egrpo_jax.rewards.preprocess import Preprocess
 from egrpo_jax.weights.layout import Params, export_tensors
 from egrpo_jax.weights.open_clip import open_clip_layout
+from tests.oracle.torchvision_shim import define_missing_operators
 
 # The text tower, which takes no part, is left out: of this size it takes no memory.
 NO_TEXT = ClipTextConfig(TransformerConfig(8, 1, 1, 8, "gelu"), vocab_size=8, length=8)
@@ -60,17 +60,6 @@ def ours(config: ClipConfig, params: Params, texts: np.ndarray) -> Score:
     clip = LoadedClip(Clip(config), params, Preprocess(config.vision.image_size), tokenize=lambda _: np.zeros((0, 8)))
     encode = ImageFeatures(clip, BATCH.value, make_mesh(MeshConfig()))
     return lambda images: np.asarray((encode(images / np.float32(255)) * texts).sum(-1))
-
-
-@functools.cache
-def define_missing_operators() -> object:
-    """torchvision's compiled part is for CUDA; without what it registers it cannot be imported. Kept by the cache."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def theirs(config: ClipConfig, params: Params, texts: np.ndarray) -> Score:

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from egrpo_jax.models.attention import attention
+from egrpo_jax.models.clip import layer_norm
 
 Dtype = Any
 
@@ -70,11 +71,6 @@ class BlipConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype, name: str) -> nn.LayerNorm:
-    """Statistics in float32; not by E[x^2] - E[x]^2, which cancels."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
-
-
 class Attention(nn.Module):
     """Attention of a stream to itself or to another, with the linear layers around it."""
 
@@ -122,9 +118,9 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: chex.Array) -> tuple[chex.Array, None]:
         config, common = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        hidden = layer_norm(_VISION_EPSILON, name="attention_norm", **common)(x)
+        hidden = layer_norm(epsilon=_VISION_EPSILON, name="attention_norm", **common)(x)
         x = x + Attention(config.num_heads, name="attention", **common)(hidden, hidden)
-        hidden = layer_norm(_VISION_EPSILON, name="mlp_norm", **common)(x)
+        hidden = layer_norm(epsilon=_VISION_EPSILON, name="mlp_norm", **common)(x)
         return x + FeedForward(config.mlp_dim, name="mlp", **common)(hidden), None
 
 
@@ -139,11 +135,11 @@ class TextBlock(nn.Module):
     def __call__(self, x: chex.Array, image: chex.Array, mask: chex.Array) -> tuple[chex.Array, None]:
         config, common = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mixed = Attention(config.num_heads, name="attention", **common)(x, x, mask)
-        x = layer_norm(_TEXT_EPSILON, name="attention_norm", **common)(x + mixed)
+        x = layer_norm(epsilon=_TEXT_EPSILON, name="attention_norm", **common)(x + mixed)
         mixed = Attention(config.num_heads, name="image_attention", **common)(x, image)
-        x = layer_norm(_TEXT_EPSILON, name="image_attention_norm", **common)(x + mixed)
+        x = layer_norm(epsilon=_TEXT_EPSILON, name="image_attention_norm", **common)(x + mixed)
         hidden = FeedForward(config.mlp_dim, name="mlp", **common)(x)
-        return layer_norm(_TEXT_EPSILON, name="mlp_norm", **common)(x + hidden), None
+        return layer_norm(epsilon=_TEXT_EPSILON, name="mlp_norm", **common)(x + hidden), None
 
 
 def _scan(block: type[nn.Module], layers: int, shared: int) -> Any:
@@ -176,7 +172,7 @@ class BlipVision(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (len(images), 1, width)), x.reshape(len(images), -1, width)], 1)
         x = x + self.param("positions", init, (config.image_tokens, width), self.param_dtype).astype(self.dtype)
         x, _ = _scan(VisionBlock, config.vision.num_layers, 0)(config.vision, name="blocks", **common)(x)
-        return layer_norm(_VISION_EPSILON, name="final_norm", **common)(x)
+        return layer_norm(epsilon=_VISION_EPSILON, name="final_norm", **common)(x)
 
 
 class BlipText(nn.Module):
@@ -195,7 +191,7 @@ class BlipText(nn.Module):
 
         x = nn.Embed(config.vocab_size, width, name="tokens", **common)(ids)
         positions = self.param("positions", nn.initializers.normal(0.02), (config.length, width), self.param_dtype)
-        x = layer_norm(_TEXT_EPSILON, name="first_norm", **common)(x + positions[:length].astype(self.dtype))
+        x = layer_norm(epsilon=_TEXT_EPSILON, name="first_norm", **common)(x + positions[:length].astype(self.dtype))
         blocks = _scan(TextBlock, config.text.num_layers, 2)(config.text, name="blocks", **common)
         return blocks(x, image, mask[:, None, None, :])[0]
 

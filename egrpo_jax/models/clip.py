@@ -102,9 +102,9 @@ class ClipTextFeatures(NamedTuple):
     pooled: chex.Array
 
 
-def layer_norm(dtype: Dtype, param_dtype: Dtype, name: str) -> nn.LayerNorm:
-    """CLIP's layer norm, statistics in float32; not by E[x^2] - E[x]^2, which cancels."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
+def layer_norm(dtype: Dtype, param_dtype: Dtype, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
+    """A layer norm with CLIP's epsilon, statistics in float32; not by E[x^2] - E[x]^2, which cancels."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from egrpo_jax.models.blip import BlipConfig
-from egrpo_jax.weights.layout import CONV, Form, Layout, entry, for_layers, linear
+from egrpo_jax.weights.layout import CONV, Form, Layout, entry, for_layers, linear, norm
 
 IGNORED = (r"blip\.text_encoder\.embeddings\.position_ids", r"blip\.(vision|text)_proj\.(weight|bias)")
 """Patterns of whole names that no score needs: the numbers 0 to 511, and projections for BLIP's contrastive loss."""
@@ -22,10 +22,10 @@ def _vision(config: BlipConfig) -> Layout:
     prefix, block, ours = "blip.visual_encoder.", "blip.visual_encoder.blocks.{}.", "vision/blocks/"
     qkv = (f"{ours}attention/{name}" for name in ("to_q", "to_k", "to_v"))
     blocks = (
-        *_norm(f"{block}norm1", f"{ours}attention_norm"),
+        *norm(f"{block}norm1", f"{ours}attention_norm"),
         *linear(f"{block}attn.qkv", *qkv),
         *linear(f"{block}attn.proj", f"{ours}attention/out"),
-        *_norm(f"{block}norm2", f"{ours}mlp_norm"),
+        *norm(f"{block}norm2", f"{ours}mlp_norm"),
         *linear(f"{block}mlp.fc1", f"{ours}mlp/in"),
         *linear(f"{block}mlp.fc2", f"{ours}mlp/out"),
     )
@@ -35,7 +35,7 @@ def _vision(config: BlipConfig) -> Layout:
         entry(f"{prefix}patch_embed.proj.weight", "vision/patches/kernel", form=CONV),
         entry(f"{prefix}patch_embed.proj.bias", "vision/patches/bias"),
         *for_layers(config.vision.num_layers, blocks),
-        *_norm(f"{prefix}norm", "vision/final_norm"),
+        *norm(f"{prefix}norm", "vision/final_norm"),
     )
 
 
@@ -47,12 +47,12 @@ def _text(config: BlipConfig) -> Layout:
         *_attention(f"{block}crossattention", f"{ours}image_attention"),
         *linear(f"{block}intermediate.dense", f"{ours}mlp/in"),
         *linear(f"{block}output.dense", f"{ours}mlp/out"),
-        *_norm(f"{block}output.LayerNorm", f"{ours}mlp_norm"),
+        *norm(f"{block}output.LayerNorm", f"{ours}mlp_norm"),
     )
     return (
         entry(f"{prefix}word_embeddings.weight", "text/tokens/embedding"),
         entry(f"{prefix}position_embeddings.weight", "text/positions"),
-        *_norm(f"{prefix}LayerNorm", "text/first_norm"),
+        *norm(f"{prefix}LayerNorm", "text/first_norm"),
         *for_layers(config.text.num_layers, blocks),
     )
 
@@ -63,14 +63,10 @@ def _attention(name: str, path: str) -> Layout:
         *linear(f"{name}.self.key", f"{path}/to_k"),
         *linear(f"{name}.self.value", f"{path}/to_v"),
         *linear(f"{name}.output.dense", f"{path}/out"),
-        *_norm(f"{name}.output.LayerNorm", f"{path}_norm"),
+        *norm(f"{name}.output.LayerNorm", f"{path}_norm"),
     )
 
 
 def _head(config: BlipConfig) -> Layout:
     places = zip(_HEAD, range(len(config.head)), strict=True)
     return tuple(e for place, index in places for e in linear(f"mlp.layers.{place}", f"head_{index}"))
-
-
-def _norm(name: str, path: str) -> Layout:
-    return entry(f"{name}.weight", f"{path}/scale"), entry(f"{name}.bias", f"{path}/bias")

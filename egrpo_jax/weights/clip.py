@@ -10,7 +10,7 @@ from typing import Any
 
 from egrpo_jax.errors import UserError
 from egrpo_jax.models.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
-from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear
+from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear, norm
 
 PREFIX = "text_model."
 IGNORED = (r"((text|vision)_model\.)?embeddings\.position_ids",)
@@ -79,11 +79,6 @@ def _blocks(config: TransformerConfig, prefix: str, folder: str) -> Layout:
     linears = (e for path, name in _LINEARS for e in linear(block + name, ours + path))
     norms = (e for path, name in _NORMS for e in norm(block + name, ours + path))
     return for_layers(config.num_layers, (*linears, *norms))
-
-
-def norm(name: str, path: str) -> Layout:
-    """Weight and bias of the layer norm `name`, ours at `path`."""
-    return entry(f"{name}.weight", f"{path}/scale"), entry(f"{name}.bias", f"{path}/bias")
 
 
 def text_config_from_transformers(published: Mapping[str, Any]) -> ClipTextConfig:

@@ -75,6 +75,11 @@ def linear(name: str, *paths: str) -> Layout:
     )
 
 
+def norm(name: str, path: str) -> Layout:
+    """Weight and bias of the norm `name`, ours at `path`."""
+    return entry(f"{name}.weight", f"{path}/scale"), entry(f"{name}.bias", f"{path}/bias")
+
+
 def for_layers(count: int, entries: Iterable[Entry]) -> Layout:
     """`entries` for each of `count` layers of a stack: '{}' in a name becomes the layer's number."""
     return tuple(

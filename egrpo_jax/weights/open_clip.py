@@ -7,8 +7,7 @@ from typing import Any
 
 from egrpo_jax.errors import UserError
 from egrpo_jax.models.clip import Activation, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
-from egrpo_jax.weights.clip import norm
-from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear
+from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear, norm
 
 FILE = "open_clip_config.json"
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from egrpo_jax.errors import UserError
 from egrpo_jax.models.vae import VaeConfig
-from egrpo_jax.weights.layout import CONV, LINEAR, POINT_CONV, Form, Layout, entry
+from egrpo_jax.weights.layout import CONV, LINEAR, POINT_CONV, Form, Layout, entry, norm
 
 CLASS_NAME = "AutoencoderKL"
 KNOWN_KEYS: Mapping[str, Any] = MappingProxyType(
@@ -153,8 +153,8 @@ def _decoder(config: VaeConfig, names: _Names) -> Layout:
 
 
 def _middle(names: _Names) -> Layout:
-    norm, *layers = names.attention_layers
-    attention = _norm(f"{names.attention}.{norm}", "middle/attention/norm")
+    before, *layers = names.attention_layers
+    attention = norm(f"{names.attention}.{before}", "middle/attention/norm")
     for name, path in zip(layers, ("to_q", "to_k", "to_v", "out"), strict=True):
         attention += _kernel(f"{names.attention}.{name}", f"middle/attention/{path}", names.attention_form)
     first, second = (
@@ -166,17 +166,13 @@ def _middle(names: _Names) -> Layout:
 def _resnet(name: str, path: str, shortcut: bool, names: _Names) -> Layout:
     layout: Layout = ()
     for number in (1, 2):
-        layout += _norm(f"{name}.norm{number}", f"{path}/norm_{number}")
+        layout += norm(f"{name}.norm{number}", f"{path}/norm_{number}")
         layout += _kernel(f"{name}.conv{number}", f"{path}/conv_{number}", CONV)
     return layout + (_kernel(f"{name}.{names.shortcut}", f"{path}/shortcut", POINT_CONV) if shortcut else ())
 
 
 def _output(names: _Names) -> Layout:
-    return _norm(names.norm_out, "norm_out") + _kernel("conv_out", "conv_out", CONV)
-
-
-def _norm(name: str, path: str) -> Layout:
-    return entry(f"{name}.weight", f"{path}/scale"), entry(f"{name}.bias", f"{path}/bias")
+    return norm(names.norm_out, "norm_out") + _kernel("conv_out", "conv_out", CONV)
 
 
 def _kernel(name: str, path: str, form: Form) -> Layout:
