@@ -33,6 +33,7 @@ FLUX = TrainConfig(
     num_iterations=300,
     prompts="hpd_train.txt",
     prompts_per_iteration=8,
+    prompts_per_rollout=1,  # bounds memory: one prompt's samples at once; remote rewards score them during the next
     model=ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", flux=FluxOptions()),
     learner=LearnerConfig(micro_batch=1),
     evaluation=EvaluationConfig(prompts="hpd_test.txt", every=50, batch=8),

@@ -24,6 +24,7 @@ FLUX_SCHNELL = TrainConfig(
     num_iterations=300,
     prompts="hpd_train.txt",
     prompts_per_iteration=4,
+    prompts_per_rollout=1,  # bounds memory: one prompt's samples at once; remote rewards score them during the next
     model=ModelConfig(
         name="flux",
         path="black-forest-labs/FLUX.1-schnell",
