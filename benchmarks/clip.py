@@ -24,7 +24,7 @@ from egrpo_jax.rewards.clip import ImageFeatures
 from egrpo_jax.rewards.clip_files import LoadedClip, clip_shapes
 from egrpo_jax.rewards.preprocess import Preprocess
 from egrpo_jax.weights.layout import Params, export_tensors
-from egrpo_jax.weights.open_clip import open_clip_layout
+from egrpo_jax.weights.published.open_clip import open_clip_layout
 from tests.oracle.torchvision_shim import define_missing_operators
 
 # The text tower, which takes no part, is left out: of this size it takes no memory.

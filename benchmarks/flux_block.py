@@ -27,8 +27,8 @@ import numpy as np
 from absl import app, flags
 
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
-from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
 from egrpo_jax.weights.layout import Params, export_tensors
+from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
 
 SMALL = FluxConfig(
     num_double_blocks=2, num_single_blocks=4, num_heads=4, head_dim=64, text_dim=256, pooled_dim=128,

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from egrpo_jax.metrics import read_metrics
 from egrpo_jax.models import blip, clip, flux
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.rewards.imagereward import TEXT_TOKENS as WORDS
 from egrpo_jax.rl.plan import PlanConfig, make_plan
+from egrpo_jax.run.metrics import read_metrics
 
 PIXELS = flags.DEFINE_integer("pixels", 720, "Height and width of the square images, a multiple of 16.")
 TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 512, "Text tokens of the flow model.")

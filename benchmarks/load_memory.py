@@ -27,9 +27,9 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.parallel.rules import FLUX_RULES, shardings
 from egrpo_jax.weights.export import export_folder
 from egrpo_jax.weights.files import open_tensors
-from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
 from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.load import load_params
+from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
 
 
 def template(config: FluxConfig) -> Any:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from egrpo_jax.metrics import paired_interval, read_metrics
+from egrpo_jax.evaluation.statistics import paired_interval
+from egrpo_jax.run.metrics import read_metrics
 
 
 def main(workdirs: list[str]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.train_config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
+from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 JUDGES = ("emoji_judge", "emoji_judge_r1", "emoji_judge_r10")
 

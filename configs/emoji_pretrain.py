@@ -9,7 +9,7 @@ its last parameters, not their average: the pictures are as well composed but no
 
 import ml_collections
 
-from egrpo_jax.config import to_config_dict
+from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.pretraining.flow import FlowJob
 from egrpo_jax.pretraining.loop import Optim
 

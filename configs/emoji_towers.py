@@ -5,7 +5,7 @@ python -m egrpo_jax.pretrain --config configs/emoji_towers.py:text      (then :r
 
 import ml_collections
 
-from egrpo_jax.config import to_config_dict
+from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.pretraining.loop import Optim
 from egrpo_jax.pretraining.text import TextJob
 from egrpo_jax.pretraining.towers import TowerJob

@@ -13,11 +13,11 @@ import ml_collections
 
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxOptions
+from egrpo_jax.pipelines.flux.pipeline import FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.train_config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
+from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 FLUX_SCHNELL = TrainConfig(
     name="flux_schnell",

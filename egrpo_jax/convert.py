@@ -23,20 +23,20 @@ import orbax.checkpoint as ocp
 from absl import flags
 
 from egrpo_jax import cli
-from egrpo_jax.atomic import new_folder
-from egrpo_jax.config import ConfigError, from_config_dict
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.atomic import new_folder
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import COLLECTION, merge_lora
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import load_pipeline
-from egrpo_jax.pipelines.flux_files import ORBAX, pipeline_folder, read_transformer_config
-from egrpo_jax.progress import restore_params
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.pipelines.flux.files import ORBAX, pipeline_folder, read_transformer_config
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.state import restore_params
 from egrpo_jax.weights.export import export_folder
-from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
 from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.lora import FILE_NAME, save_lora
+from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
 TO = flags.DEFINE_enum("to", None, ["diffusers", "pipeline", "peft", "orbax"], "What to write.", required=True)

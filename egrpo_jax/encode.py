@@ -13,13 +13,14 @@ import numpy as np
 from absl import flags
 
 from egrpo_jax import cli
-from egrpo_jax.config import ConfigError, from_config_dict
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines.flux_files import pipeline_folder
-from egrpo_jax.pipelines.flux_text import FluxTextEncoder
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.pipelines.flux.files import pipeline_folder
+from egrpo_jax.pipelines.flux.text import FluxTextEncoder
+from egrpo_jax.training.config import TrainConfig
 
 PROMPT_FILE = flags.DEFINE_multi_string(
     "prompt_file", None, "Prompts: a file (txt, JSONL or CSV) or a built-in set; may be repeated.", required=True

@@ -16,18 +16,15 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from egrpo_jax import cli, comparison, protocol
-from egrpo_jax.atomic import atomic_write, new_folder
-from egrpo_jax.config import from_config_dict
+from egrpo_jax import cli
+from egrpo_jax.cli.sampling import SCHEDULE, SEED, WORKDIR, chosen_sampling
+from egrpo_jax.common.atomic import atomic_write, new_folder
+from egrpo_jax.common.config import from_config_dict, to_config_dict
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import read_prompts
-from egrpo_jax.errors import UserError
-from egrpo_jax.images import save_png
-from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines import Pipeline, load_pipeline
-from egrpo_jax.progress import restore_params
-from egrpo_jax.rewards import load_reward
-from egrpo_jax.sampling_flags import SCHEDULE, SEED, WORKDIR, chosen_sampling
-from egrpo_jax.side_by_side import (
+from egrpo_jax.evaluation import protocol
+from egrpo_jax.evaluation import statistics as comparison
+from egrpo_jax.evaluation.side_by_side import (
     Judging,
     Results,
     compare_all,
@@ -36,7 +33,12 @@ from egrpo_jax.side_by_side import (
     sample_and_score,
     score_lines,
 )
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.figures.grids import save_png
+from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.pipelines import Pipeline, load_pipeline
+from egrpo_jax.rewards import load_reward
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.state import restore_params
 
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set; default: the config's."
@@ -97,7 +99,7 @@ def main() -> None:
     config, out = from_config_dict(TrainConfig, cli.CONFIG.value), Path(OUT.value)
     workdir = None if WORKDIR.value is None else Path(WORKDIR.value)
     source = PROMPT_FILE.value or config.evaluation.prompts
-    prompts, trained = read_prompts(source), protocol.trained_rewards(config, workdir)
+    prompts, trained = read_prompts(source), protocol.trained_rewards(config.rewards.train, workdir)
     check_out(out)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -120,7 +122,7 @@ def main() -> None:
         "intervals": protocol.INTERVALS,
         "versions": protocol.environment(),
         "rewards": {name: protocol.describe_reward(name, config.scorers) for name in judging.rewards},
-        "config": protocol.public_config(config),
+        "config": protocol.public_config(to_config_dict(config).to_dict()),
     }
     comparisons = compare_all(results.scores, judging, trained)
     table = protocol.document(comparisons, made)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from egrpo_jax import cli
-from egrpo_jax.config import ConfigError, from_config_dict
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.pretraining import flow, text, towers
 from egrpo_jax.weights.assets import asset_path
 

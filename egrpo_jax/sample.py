@@ -17,16 +17,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from egrpo_jax import cli, images
-from egrpo_jax.atomic import atomic_write
-from egrpo_jax.config import from_config_dict
+from egrpo_jax import cli
+from egrpo_jax.cli.sampling import SEED, WORKDIR, chosen_sampling
+from egrpo_jax.common.atomic import atomic_write
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import read_prompts
-from egrpo_jax.errors import UserError
+from egrpo_jax.figures import grids as images
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import load_pipeline
-from egrpo_jax.progress import restore_params
-from egrpo_jax.sampling_flags import SEED, WORKDIR, chosen_sampling
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.state import restore_params
 
 PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts from a file (txt, JSONL or CSV) or a built-in set.")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from egrpo_jax.metrics import read_metrics
+from egrpo_jax.run.metrics import read_metrics
 
 
 def main(workdir):

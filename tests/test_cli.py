@@ -10,8 +10,8 @@ import egrpo_jax
 PROGRAM = """
 import dataclasses
 from egrpo_jax import cli
-from egrpo_jax.config import from_config_dict
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import UserError
 from job import Job
 
 def main():
@@ -41,8 +41,8 @@ class Job:
     optim: Optim = Optim()
 """
 CONFIG = """
-from egrpo_jax.config import to_config_dict
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.config import to_config_dict
+from egrpo_jax.common.errors import UserError
 from job import Job
 
 def get_config(arg="10"):

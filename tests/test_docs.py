@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.training.config import TrainConfig
 from tests import programs
 
 README = (programs.ROOT / "README.md").read_text()

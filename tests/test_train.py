@@ -14,11 +14,12 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from egrpo_jax import train as program
-from egrpo_jax.config import from_config_dict
-from egrpo_jax.errors import UserError
-from egrpo_jax.metrics import read_metrics
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.run.metrics import read_metrics
+from egrpo_jax.training import loop as program
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.iteration import MissingScoreError
 from tests import fault_server, programs, toy
 
 ITERATIONS = 12
@@ -213,7 +214,7 @@ def test_a_group_without_a_score_is_left_out_and_counted(tmp_path, monkeypatch):
 def test_a_missing_score_ends_the_run_if_told_so_and_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(3,)))
     changed = config("unreliable", num_iterations=4, **{"evaluation.every": 100, "rewards.on_missing": "fail"})
-    with pytest.raises(program.MissingScoreError, match=r"iteration 3: scores never came: 1 of tests\.toy:unreliable"):
+    with pytest.raises(MissingScoreError, match=r"iteration 3: scores never came: 1 of tests\.toy:unreliable"):
         program.train(changed, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert program.train(changed, tmp_path) is None

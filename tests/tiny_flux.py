@@ -14,17 +14,17 @@ from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxOptions
-from egrpo_jax.pipelines.flux_files import transformer_shapes
+from egrpo_jax.pipelines.flux.files import transformer_shapes
+from egrpo_jax.pipelines.flux.pipeline import FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.train_config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
-from egrpo_jax.weights.clip import clip_text_layout
-from egrpo_jax.weights.flux import config_to_diffusers, flux_layout
+from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 from egrpo_jax.weights.layout import published_shapes
-from egrpo_jax.weights.t5 import t5_layout
-from egrpo_jax.weights.vae import vae_layout
+from egrpo_jax.weights.published.clip import clip_text_layout
+from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
+from egrpo_jax.weights.published.t5 import t5_layout
+from egrpo_jax.weights.published.vae import vae_layout
 from tests.oracle.random_weights import random_tensors
 
 TEXT_TOKENS = 12

@@ -10,7 +10,7 @@ from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.train_config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
+from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 SHAPE = (6, 5)
 """(N, D) of its latents."""

@@ -22,8 +22,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from egrpo_jax.atomic import atomic_write
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.atomic import atomic_write
+from egrpo_jax.common.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 """The arrays of one prompt, or of B prompts with a leading axis B."""

@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 
 NAMES_FILE = Path(__file__).parent.parent / "assets" / "emoji_names.json"
 IMAGE_SIZE = 32

@@ -12,8 +12,8 @@ from typing import Any
 
 import grain
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.emoji import heldout_names, train_names
-from egrpo_jax.errors import UserError
 
 BUILT_IN: dict[str, Callable[[], Sequence[str]]] = {"emoji_train": train_names, "emoji_heldout": heldout_names}
 """Prompt sets that come with the package."""

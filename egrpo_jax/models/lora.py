@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from egrpo_jax.config import ConfigError
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import ConfigError, UserError
 
 Params = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 
 DATA = "data"
 """The axis over which prompts are spread: manual inside shard_map. `fsdp` and `tensor` stay automatic."""

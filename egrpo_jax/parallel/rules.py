@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from egrpo_jax.trees import path_name
+from egrpo_jax.common.trees import path_name
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 """(regular expression found in a parameter's path, joined with '/'; the layout of its **last** axes). The first rule

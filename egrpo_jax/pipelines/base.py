@@ -9,10 +9,10 @@ from typing import Any
 import chex
 import jax
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.trees import partition
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.parallel.rules import Rules
-from egrpo_jax.trees import partition
 
 
 @dataclasses.dataclass(frozen=True)

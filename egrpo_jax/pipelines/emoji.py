@@ -8,11 +8,11 @@ from typing import Any
 import chex
 import jax
 
-from egrpo_jax.data.emoji_text import encode_prompts
-from egrpo_jax.data.tokenizer import LENGTH
 from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
 from egrpo_jax.pipelines.base import Pipeline
+from egrpo_jax.text.emoji import LENGTH
+from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_flow
 
 

@@ -17,11 +17,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.data.emoji import IMAGE_SIZE, catalogue, heldout_names, render
-from egrpo_jax.data.emoji_text import encode_prompts
-from egrpo_jax.errors import UserError
-from egrpo_jax.flow.schedule import shifted_times
+from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import VelocityFn, solve
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.patches import latents_to_pixels, pixels_to_latents
@@ -29,6 +27,7 @@ from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining.loop import Optim, count, fit, rounded
 from egrpo_jax.pretraining.towers import LICENSE
 from egrpo_jax.rewards import load_reward
+from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_asset, save_asset
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 
 LossFn = Callable[[Any, Any, chex.PRNGKey], chex.Array]
 """`(params, data, key) -> loss`; draws its batch from `data` with `key`."""

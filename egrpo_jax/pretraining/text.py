@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.data.emoji import make_catalogue, write_catalogue
-from egrpo_jax.data.minilm import sentence_embeddings
-from egrpo_jax.data.tokenizer import tokenize, train_tokenizer
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatures
 from egrpo_jax.pretraining.loop import Optim, count, fit, last, rounded
+from egrpo_jax.pretraining.minilm import sentence_embeddings
+from egrpo_jax.text.emoji import tokenize, train_tokenizer
 from egrpo_jax.weights.assets import save_asset
 
 LICENSE = (

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from egrpo_jax.data.emoji import catalogue, render
-from egrpo_jax.data.emoji_text import encode_prompts
 from egrpo_jax.models.towers import Tower, TowerConfig
 from egrpo_jax.pretraining.corruption import CORRUPTIONS
 from egrpo_jax.pretraining.loop import Optim, count, fit, last, rounded
+from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import save_asset
 
 LICENSE = (

@@ -2,6 +2,6 @@
 
 from egrpo_jax.rewards.base import Pending, Reward, start
 from egrpo_jax.rewards.config import ScorersConfig
-from egrpo_jax.rewards.load import load_reward
+from egrpo_jax.rewards.registry import load_reward
 
 __all__ = ["Pending", "Reward", "ScorersConfig", "load_reward", "start"]

@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.models.clip import ClipConfig, LinearHead
 from egrpo_jax.rewards.batched import Batched
 from egrpo_jax.rewards.clip_files import (

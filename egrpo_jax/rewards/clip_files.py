@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from egrpo_jax.weights import clip, open_clip
+from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.layout import Layout, Params
 from egrpo_jax.weights.load import load_params
 from egrpo_jax.weights.pickles import archive_root, open_pickle
-from egrpo_jax.weights.tokenizers import Tokenize, load_clip_tokenizer, load_open_clip_tokenizer
+from egrpo_jax.weights.published import clip, open_clip
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json")
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

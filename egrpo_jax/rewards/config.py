@@ -8,7 +8,7 @@ from dataclasses import field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -58,7 +58,7 @@ class RemoteConfig:
 
     Attributes:
       url: where it is: http://host:port/path.
-      protocol: "scores": the one that `python -m egrpo_jax.rewards.serve` speaks; "chat": a vision model behind an
+      protocol: "scores": the one that `python -m egrpo_jax.serve` speaks; "chat": a vision model behind an
         OpenAI-compatible server, which is asked at /v1/chat/completions below `url`.
       api_key: name of the environment variable that holds the key, if it wants one.
       batch: of "scores", images in a request; "chat" sends them one by one.

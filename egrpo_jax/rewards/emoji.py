@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.emoji import all_names
-from egrpo_jax.data.emoji_text import encode_prompts
-from egrpo_jax.errors import UserError
 from egrpo_jax.models.towers import Tower
+from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_tower
 
 

@@ -17,11 +17,11 @@ from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.batched import Batched
 from egrpo_jax.rewards.config import ScorersConfig
 from egrpo_jax.rewards.preprocess import Preprocess
-from egrpo_jax.weights.blip import IGNORED, blip_layout
+from egrpo_jax.text.wordpiece import Tokens, load_wordpiece
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.load import load_params
 from egrpo_jax.weights.pickles import open_pickle
-from egrpo_jax.weights.wordpiece import Tokens, load_wordpiece
+from egrpo_jax.weights.published.blip import IGNORED, blip_layout
 
 FILE = "ImageReward.pt"
 TEXT_TOKENS = 35

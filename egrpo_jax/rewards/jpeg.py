@@ -12,7 +12,7 @@ import chex
 import numpy as np
 from PIL import Image
 
-from egrpo_jax.images import to_uint8
+from egrpo_jax.common.images import to_uint8
 from egrpo_jax.rewards.base import Reward
 
 QUALITY = 95

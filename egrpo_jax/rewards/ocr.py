@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import chex
 import numpy as np
 
-from egrpo_jax.errors import UserError
-from egrpo_jax.images import to_uint8
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.images import to_uint8
 
 Reader = Callable[[np.ndarray], str]
 """`(image[H, W, 3], uint8 RGB) -> text` that was read in it."""

@@ -9,7 +9,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

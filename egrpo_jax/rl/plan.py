@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from egrpo_jax.config import ConfigError
-from egrpo_jax.flow.schedule import Merge, Times, exp_entropy, merges_by_entropy, shifted_times, sigma
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy, sigma
+from egrpo_jax.flow.grid import Times, shifted_times
 from egrpo_jax.flow.solver import tail_steps
 
 

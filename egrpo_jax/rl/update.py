@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.flow.transition import log_prob
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss

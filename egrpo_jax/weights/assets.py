@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from egrpo_jax.models.towers import Tower, TowerConfig

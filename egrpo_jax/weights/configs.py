@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 
 
 def read_config(

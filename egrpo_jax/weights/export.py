@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from egrpo_jax.atomic import new_folder
+from egrpo_jax.common.atomic import new_folder
 from egrpo_jax.weights.files import DTYPES, STEMS
 
 Shapes = Mapping[str, tuple[int, ...]]

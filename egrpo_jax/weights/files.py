@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.files import TensorFiles, shorten
 from egrpo_jax.weights.layout import Layout, Leaf, Params, leaf_rows, published_shapes, split_tensor
 

@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from egrpo_jax.atomic import atomic_write
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.atomic import atomic_write
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.layout import LINEAR, LINEAR_SWAPPED, Entry, Layout, Params
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.embeddings import EmbeddingStore, prompt_hash, write_embeddings
-from egrpo_jax.errors import UserError
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
 SETTINGS = {"text_tokens": 2}

@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data import emoji
-from egrpo_jax.errors import UserError
 
 
 def test_split_is_a_partition_with_200_held_out():

@@ -2,8 +2,8 @@
 
 import pytest
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import prompts_at, read_prompts
-from egrpo_jax.errors import UserError
 
 
 def test_a_text_file(tmp_path):

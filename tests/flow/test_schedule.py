@@ -5,15 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from egrpo_jax.flow.schedule import (
-    Merge,
-    exp_entropy,
-    merge_by_entropy,
-    merges_by_entropy,
-    resolution_shift,
-    shifted_times,
-    sigma,
-)
+from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, sigma
+from egrpo_jax.flow.grid import resolution_shift, shifted_times
 
 TIMES = shifted_times(16, 3.0)
 ACTIVE = range(8)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from egrpo_jax.flow.schedule import shifted_times
+from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import solve, solve_path, tail_steps
 from tests import toy
 

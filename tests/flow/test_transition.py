@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.flow.schedule import shifted_times, sigma
+from egrpo_jax.flow.entropy import sigma
+from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.transition import draw, euler_step, log_prob, sde_kernel
 
 TIMES = shifted_times(16, 3.0)

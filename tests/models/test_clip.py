@@ -26,8 +26,8 @@ from egrpo_jax.models.clip import (
     image_flops,
     quick_gelu,
 )
-from egrpo_jax.weights.clip import clip_text_layout
 from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.published.clip import clip_text_layout
 from tests.oracle.clip import CASES, GOLDEN, SEEDS, bfloat16_error, inputs
 from tests.oracle.random_weights import random_tensors
 

@@ -16,8 +16,7 @@ import pytest
 from flax.errors import ScopeParamShapeError
 from flax.traverse_util import flatten_dict
 
-from egrpo_jax.config import ConfigError
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.models.flux import Flux, FluxConfig, Linear
 from egrpo_jax.models.lora import (
     DANCE_GRPO,

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.data.emoji_text import encode_prompts
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, normalise
+from egrpo_jax.text.emoji_encoder import encode_prompts
 
 CONFIG = TextEncoderConfig(vocab_size=20, width=16, num_layers=1, num_heads=2, pooled_dim=12)
 

@@ -20,7 +20,7 @@ from egrpo_jax.models.vae import (
     unpack_latents,
 )
 from egrpo_jax.weights.layout import import_tensors, published_shapes
-from egrpo_jax.weights.vae import vae_layout
+from egrpo_jax.weights.published.vae import vae_layout
 from tests.oracle.random_weights import random_tensors
 from tests.oracle.vae import CASES, GOLDEN, inputs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egrpo_jax.weights.clip import text_config_from_transformers
+from egrpo_jax.weights.published.clip import text_config_from_transformers
 from tests.oracle.random_weights import random_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "clip.npz"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egrpo_jax.weights.clip import config_from_transformers
+from egrpo_jax.weights.published.clip import config_from_transformers
 from tests.oracle.open_clip import tensors, vocab_size
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
 from tests.oracle.tokenizers import published_clip_ids, write_clip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egrpo_jax.weights.open_clip import config_from_open_clip
+from egrpo_jax.weights.published.open_clip import config_from_open_clip
 from tests.oracle.random_weights import random_tensors
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
 from tests.oracle.tokenizers import write_clip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egrpo_jax.weights.t5 import config_from_transformers
+from egrpo_jax.weights.published.t5 import config_from_transformers
 from tests.oracle.random_weights import random_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "t5.npz"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.clip import ClipText, forward_flops
-from egrpo_jax.weights.clip import clip_text_layout, text_config_from_transformers, text_prefix
 from egrpo_jax.weights.layout import export_tensors, import_tensors
+from egrpo_jax.weights.published.clip import clip_text_layout, text_config_from_transformers, text_prefix
 from tests.models.test_clip import our_bfloat16_error, relative_error, template
 from tests.oracle.clip import CASES, GOLDEN, cases, inputs, outputs, published_model
 

@@ -6,7 +6,7 @@ import pytest
 from egrpo_jax.models.clip import image_flops
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.config import ClipScoreConfig, PickScoreConfig, ScorersConfig
-from egrpo_jax.rewards.load import load_reward
+from egrpo_jax.rewards.registry import load_reward
 from tests.oracle.clip_model import CASES, GOLDEN, cases, outputs, published_model
 from tests.oracle.scored_images import SIZES, images, prompts
 from tests.oracle.tokenizers import write_clip

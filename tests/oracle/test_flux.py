@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from egrpo_jax.models.flux import Flux, forward_flops  # noqa: E402
-from egrpo_jax.weights.flux import flux_layout  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
+from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
 from tests.oracle import flux as oracle  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for one another are slow where tests run side by side

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.blip import SCORE_MEAN, SCORE_STD, forward_flops
-from egrpo_jax.weights.wordpiece import load_wordpiece
+from egrpo_jax.text.wordpiece import load_wordpiece
 from tests.models.test_blip import golden, model
 from tests.oracle.imagereward import CASES, PROMPTS, network_inputs, vocabulary, write_vocabulary
 from tests.oracle.random_weights import random_tensors

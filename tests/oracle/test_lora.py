@@ -14,9 +14,9 @@ peft = pytest.importorskip("peft")
 
 from egrpo_jax.models.flux import Flux  # noqa: E402
 from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
-from egrpo_jax.weights.flux import flux_layout  # noqa: E402
 from egrpo_jax.weights.layout import import_tensors  # noqa: E402
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora  # noqa: E402
+from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
 from tests.oracle.flux import CASES, cotangent, inputs, published_model, published_velocity  # noqa: E402
 
 CASE = CASES["dev"]

@@ -12,13 +12,13 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards import clip
 from egrpo_jax.rewards.clip_files import hps_version
 from egrpo_jax.rewards.config import AestheticConfig, ClipScoreConfig, HpsConfig, ScorersConfig
-from egrpo_jax.rewards.load import load_reward
-from egrpo_jax.weights.open_clip import config_from_open_clip
-from egrpo_jax.weights.tokenizers import load_open_clip_tokenizer
+from egrpo_jax.rewards.registry import load_reward
+from egrpo_jax.text.tokenizers import load_open_clip_tokenizer
+from egrpo_jax.weights.published.open_clip import config_from_open_clip
 from tests.oracle.open_clip import CASES, GOLDEN, cases, marks, outputs, published_head, published_model
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
 from tests.oracle.tokenizers import write_clip, write_clip_files
-from tests.weights.test_tokenizers import up_to_the_end
+from tests.text.test_tokenizers import up_to_the_end
 
 torch = pytest.importorskip("torch")
 published = pytest.importorskip("open_clip")

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.pickles import archive_root, open_pickle
 from tests.torch_files import write_checkpoint
 from tests.weights.test_files import some_tensors

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from egrpo_jax.weights.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from egrpo_jax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from tests.oracle.tokenizers import (
     BOS,
     EOS,

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 
 from egrpo_jax.models.vae import Vae  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
-from egrpo_jax.weights.vae import KNOWN_KEYS, config_from_diffusers, vae_layout  # noqa: E402
+from egrpo_jax.weights.published.vae import KNOWN_KEYS, config_from_diffusers, vae_layout  # noqa: E402
 from tests.models.test_vae import golden, our_outputs, random_params, relative_error, rms  # noqa: E402
 from tests.oracle.vae import CASES, cases, inputs, outputs, published_model, to_numpy, to_torch  # noqa: E402
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from egrpo_jax.config import from_config_dict
-from egrpo_jax.metrics import PhaseTimer
+from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.parallel.rules import lay_out
-from egrpo_jax.progress import first_progress
-from egrpo_jax.train import make_job, make_steps, run_iteration
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.run.timing import PhaseTimer
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.iteration import run_iteration
+from egrpo_jax.training.job import make_job, make_steps
+from egrpo_jax.training.state import first_progress
 
 
 def main(config_file, out, *axes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny_flux
 

@@ -9,15 +9,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import flux_egrpo, flux_lora, flux_schnell
-from egrpo_jax.config import ConfigError, from_config_dict
-from egrpo_jax.errors import UserError
-from egrpo_jax.evaluation import Sampler
-from egrpo_jax.flow.schedule import shifted_times
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux import FluxOptions
-from egrpo_jax.train_config import TrainConfig
+from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.training.config import TrainConfig
 from tests import tiny_flux
 from tests.oracle.pipeline import GOLDEN, PROMPTS, STEPS
 

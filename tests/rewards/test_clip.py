@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards import clip, clip_files
 from egrpo_jax.rewards.clip_files import clip_shapes, hps_version, load_clip, load_hps
 from egrpo_jax.rewards.config import AestheticConfig, ClipScoreConfig, HpsConfig, PickScoreConfig, ScorersConfig
-from egrpo_jax.rewards.load import load_reward
-from egrpo_jax.weights.clip import clip_layout
+from egrpo_jax.rewards.registry import load_reward
 from egrpo_jax.weights.layout import published_shapes
-from egrpo_jax.weights.open_clip import open_clip_layout
+from egrpo_jax.weights.published.clip import clip_layout
+from egrpo_jax.weights.published.open_clip import open_clip_layout
 from tests.oracle import clip_model, open_clip
 from tests.oracle.scored_images import TEXTS, images, prompts
 from tests.oracle.tokenizers import write_clip

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.emoji import all_names, catalogue, heldout_names, render
-from egrpo_jax.data.emoji_text import encode_prompts
-from egrpo_jax.errors import UserError
 from egrpo_jax.rewards import load_reward
+from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_tower
 
 COSINES = ("emoji", "emoji_judge", "emoji_weak")

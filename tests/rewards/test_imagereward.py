@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.config import ImageRewardConfig, ScorersConfig
 from egrpo_jax.rewards.imagereward import imagereward
-from egrpo_jax.rewards.load import load_reward
+from egrpo_jax.rewards.registry import load_reward
 from tests.models.test_blip import golden
 from tests.oracle.imagereward import CASES, PROMPTS, SIZES, images, write_vocabulary
 from tests.oracle.random_weights import random_tensors

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from egrpo_jax.images import to_uint8
+from egrpo_jax.common.images import to_uint8
 from egrpo_jax.rewards import load_reward
 
 

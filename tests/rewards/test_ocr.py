@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rewards.ocr import OcrReward, edit_distance, wanted_text
 

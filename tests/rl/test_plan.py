@@ -2,8 +2,8 @@
 
 import pytest
 
-from egrpo_jax.config import ConfigError
-from egrpo_jax.flow.schedule import exp_entropy
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.flow.entropy import exp_entropy
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
 
 

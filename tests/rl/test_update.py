@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from egrpo_jax.config import ConfigError
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.transition import log_prob, sde_kernel
 from egrpo_jax.rl.loss import clipped_ratio_loss
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer, make_schedule, skipped_updates

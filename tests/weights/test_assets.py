@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.weights.assets import asset_path, load_asset, load_flow, load_text_encoder, load_tower, save_asset
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.configs import read_config
 
 KNOWN = {

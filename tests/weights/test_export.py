@@ -14,14 +14,20 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.export import export_folder
 from egrpo_jax.weights.files import open_tensors
-from egrpo_jax.weights.flux import CLASS_NAME, KNOWN_KEYS, config_from_diffusers, config_to_diffusers, flux_layout
 from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.load import load_params
+from egrpo_jax.weights.published.flux import (
+    CLASS_NAME,
+    KNOWN_KEYS,
+    config_from_diffusers,
+    config_to_diffusers,
+    flux_layout,
+)
 from tests.weights.test_load import LAYOUT, params, published, template
 
 CONFIG = {"_class_name": "Toy", "num_layers": 3}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.hub import resolve
 
 huggingface_hub = pytest.importorskip("huggingface_hub")

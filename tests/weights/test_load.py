@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from safetensors.numpy import save_file
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights.files import PREFIXES, TensorFiles, open_tensors
 from egrpo_jax.weights.layout import CONV, LINEAR, LINEAR_SWAPPED, POINT_CONV, SWAPPED, entry, for_layers, linear
 from egrpo_jax.weights.load import load_params

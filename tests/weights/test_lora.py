@@ -12,12 +12,12 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, init_lora, merge_lora
-from egrpo_jax.weights.flux import flux_layout
 from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.lora import FILE_NAME, METADATA_KEY, export_lora, load_lora, save_lora
+from egrpo_jax.weights.published.flux import flux_layout
 
 SMALL = FluxConfig(
     in_channels=4, num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=8, text_dim=6, pooled_dim=5,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.errors import UserError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.weights import pickles
 from egrpo_jax.weights.files import DTYPES
 from egrpo_jax.weights.pickles import STORAGES, archive_root, open_pickle

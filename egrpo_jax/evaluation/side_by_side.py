@@ -1,0 +1,203 @@
+"""Models side by side: sampled with the same noise and scored, a batch of prompts at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.images import to_uint8
+from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.evaluation.statistics import Comparison, compare, diversity
+from egrpo_jax.figures.grids import before_after, shrink, stack
+from egrpo_jax.rewards import Pending, Reward, start
+
+Features = Callable[[Any], Any]
+"""Images `[B, H, W, 3]` in [0, 1] to vectors of length 1, `[B, D]`."""
+Scores = dict[str, np.ndarray]
+"""By column, `[P, S]` of S images of each of P prompts; nan where none came."""
+SHOWN = 8
+"""Most gains, and most losses, in pictures."""
+_SHOWN_SIDE = 384
+
+
+@dataclasses.dataclass(frozen=True)
+class Judging:
+    """How images are judged.
+
+    Attributes:
+      rewards: by name.
+      judge: the one of them whose largest gains and losses are shown.
+      samples: images of each prompt.
+      features: what the distance between the images of a prompt is measured by, if it is.
+      diversity: the column that has it.
+    """
+
+    rewards: Mapping[str, Reward]
+    judge: str
+    samples: int = 1
+    features: Features | None = None
+    diversity: str = "diversity"
+
+
+class Pair(NamedTuple):
+    """The first image of a prompt by either model, uint8 `[H, W, 3]`, and what the judge gives them."""
+
+    prompt: str
+    scores: tuple[float, float]
+    pictures: tuple[np.ndarray, np.ndarray]
+
+
+class Results(NamedTuple):
+    """What came out: the scores of each model, the extremes of the second, and the images' size (H, W)."""
+
+    scores: list[Scores]
+    pairs: list[Pair]
+    resolution: tuple[int, int]
+
+
+def features_of(name: str, reward: Reward) -> Features:
+    """The image features of the reward `name`. Raises UserError if it has none."""
+    features = getattr(reward, "encode_images", None)
+    if features is None:
+        raise UserError(
+            f"--diversity: the reward {name!r} has no image features; name one that compares images and texts by "
+            "vectors, such as emoji_judge or clip_score"
+        )
+    return features
+
+
+def sample_and_score(
+    sampler: Sampler, models: Sequence[Any], prompts: Sequence[str], seed: int, batch: int, judging: Judging
+) -> Results:
+    """Samples and scores `prompts`, `batch` at once, by each of `models`: one parameter tree, or two to compare.
+
+    Image s of a prompt has the noise of its place and of `seed` + s: that which `sample` draws by that seed. The images
+    of one batch at most are kept, and those of the pairs.
+
+    Raises:
+      UserError: a reward gives anything but a score for each image.
+    """
+    parts: list[list[Scores]] = [[] for _ in models]
+    pairs: list[Pair] = []
+    with tqdm(total=len(prompts) * judging.samples * len(models), desc="evaluate", unit="image") as bar:
+        for first in range(0, len(prompts), batch):
+            part = prompts[first : first + batch]
+            handed_in = [_sample(sampler, params, part, first, seed, judging, bar) for params in models]
+            scores = [_scores(judging, batch_of_one, len(part)) for batch_of_one in handed_in]
+            for of_model, new in zip(parts, scores, strict=True):
+                of_model.append(new)
+            pictures = [batch_of_one.pictures for batch_of_one in handed_in]
+            if len(models) == 2:
+                pairs = extremes(pairs + _pairs(part, [new[judging.judge][:, 0] for new in scores], pictures))
+    joined = [{name: np.concatenate([part[name] for part in of_model]) for name in of_model[0]} for of_model in parts]
+    return Results(joined, pairs, pictures[0].shape[1:3])
+
+
+class _Batch(NamedTuple):
+    """A batch of prompts by one model: scores to be waited for and features by sample, and the first images."""
+
+    pending: list[dict[str, Pending]]
+    features: list[np.ndarray]
+    pictures: np.ndarray
+
+
+def _sample(
+    sampler: Sampler, params: Any, prompts: Sequence[str], first: int, seed: int, judging: Judging, bar: tqdm
+) -> _Batch:
+    """Samples, and hands the images in for scoring, which goes on meanwhile if it is done on another machine."""
+    batch = _Batch([], [], np.empty(0))
+    for sample in range(judging.samples):
+        pictures = sampler(params, prompts, jax.random.key(seed + sample), first)
+        batch.pending.append({name: start(reward, pictures, prompts) for name, reward in judging.rewards.items()})
+        if judging.features is not None:
+            batch.features.append(np.asarray(judging.features(pictures)))
+        if not sample:
+            batch = batch._replace(pictures=pictures)
+        bar.update(len(prompts))
+    return batch
+
+
+def _scores(judging: Judging, batch: _Batch, count: int) -> Scores:
+    scores = {}
+    for name in judging.rewards:
+        columns = [np.asarray(pending[name](), np.float64) for pending in batch.pending]
+        if columns[0].shape != (count,):
+            raise UserError(
+                f"the reward {name!r} gave scores {columns[0].shape} for {count} images, expected [{count}]"
+            )
+        scores[name] = np.stack(columns, axis=1)
+    if judging.features is not None:
+        distances = diversity(np.stack(batch.features, axis=1))
+        scores[judging.diversity] = np.repeat(distances[:, None], judging.samples, axis=1)
+    return scores
+
+
+def _pairs(prompts: Sequence[str], scores: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> list[Pair]:
+    """Those of a batch that have both scores, and may be among the extremes of all."""
+    places = [place for place in range(len(prompts)) if not np.isnan(scores[1][place] - scores[0][place])]
+    # Sorted before anything is copied: the pictures of all would be much.
+    bare = [
+        Pair(prompts[i], (float(scores[0][i]), float(scores[1][i])), (pictures[0][i], pictures[1][i])) for i in places
+    ]
+    small = lambda picture: shrink(to_uint8(picture), _SHOWN_SIDE)
+    return [pair._replace(pictures=(small(pair.pictures[0]), small(pair.pictures[1]))) for pair in extremes(bare)]
+
+
+def compare_all(scores: Sequence[Scores], judging: Judging, trained: Sequence[str]) -> list[Comparison]:
+    """A comparison for each column of one model's `scores`, or two models'; `trained` are rewards trained on."""
+    roles = {name: "trained on" if name in trained else "held out" for name in judging.rewards}
+    tuned = scores[1] if len(scores) == 2 else {}
+    return [
+        compare(name, roles.get(name, "within a prompt"), base, tuned.get(name)) for name, base in scores[0].items()
+    ]
+
+
+def score_lines(prompts: Sequence[str], scores: Sequence[Scores]) -> str:
+    """JSONL: a line for each prompt and sample, null for a score that did not come."""
+    samples = next(iter(scores[0].values())).shape[1]
+    lines = []
+    for place, prompt in enumerate(prompts):
+        for sample in range(samples):
+            line: dict[str, Any] = {"prompt": prompt, "sample": sample}
+            for model, of_model in zip(("base", "tuned"), scores, strict=False):
+                values = {name: float(column[place, sample]) for name, column in of_model.items()}
+                line[model] = {name: None if math.isnan(value) else value for name, value in values.items()}
+            lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    return "".join(lines)
+
+
+def gain(pair: Pair) -> float:
+    """By how much the judge likes the second image more."""
+    return pair.scores[1] - pair.scores[0]
+
+
+def extremes(pairs: Sequence[Pair]) -> list[Pair]:
+    """The largest gains, at most `SHOWN`, from the largest on, and the largest losses, the largest last."""
+    ordered = sorted(pairs, key=lambda pair: -gain(pair))
+    gains = [pair for pair in ordered if gain(pair) > 0]
+    losses = [pair for pair in ordered if gain(pair) < 0]
+    return gains[:SHOWN] + losses[-SHOWN:]
+
+
+def gains_and_losses(pairs: Sequence[Pair], judge: str) -> Image.Image | None:
+    """The `pairs` of `Results`, base above tuned, with prompts and scores; None if nothing gained or lost."""
+    sheets = []
+    for word, chosen in (
+        ("gains", [pair for pair in pairs if gain(pair) > 0]),
+        ("losses", [pair for pair in reversed(pairs) if gain(pair) < 0]),
+    ):
+        if chosen:
+            old, new = (np.stack([pair.pictures[side] for pair in chosen]) / 255 for side in (0, 1))
+            captions = [f"{pair.scores[0]:.3f} to {pair.scores[1]:.3f}: {pair.prompt}" for pair in chosen]
+            title = f"the {len(chosen)} largest {word} under {judge}, of the first image of each prompt"
+            sheets.append(before_after(old, new, captions, title, ("base", "tuned")))
+    return stack(sheets) if sheets else None

@@ -1,0 +1,154 @@
+"""Two models judged on the same prompts: means, paired changes and win rates with their intervals, and the table.
+
+Intervals are 95 % percentile bootstrap intervals over prompts, of resamples that are the same in every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
+from numpy.typing import ArrayLike
+
+RESAMPLES = 10_000
+SEED = 0
+_AT_ONCE = 2**20
+"""Most drawn values in memory at once, for each of the averaged quantities."""
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval; all nan if there is nothing to average."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One score over a set of prompts.
+
+    Attributes:
+      name: of the score.
+      role: what it is to the tuned model: "trained on", "held out", or "diversity".
+      prompts: how many count: those that have all their scores.
+      missing: how many do not.
+      base: the base model's mean over the prompts.
+      tuned, change, win_rate: the tuned model's mean, the mean of its paired differences from the base, and the share
+        of prompts where it is better, ties counting half; None where there is no tuned model.
+    """
+
+    name: str
+    role: str
+    prompts: int
+    missing: int
+    base: Estimate
+    tuned: Estimate | None = None
+    change: Estimate | None = None
+    win_rate: Estimate | None = None
+
+
+def bootstrap(values: np.ndarray) -> list[Estimate]:
+    """Each column's mean over the prompts; all columns are resampled together.
+
+    Args:
+      values: `[P, C]`, finite.
+    """
+    count, columns = values.shape
+    if not count:
+        return [Estimate(math.nan, math.nan, math.nan)] * columns
+    draws, at_once = np.random.default_rng(SEED), max(1, _AT_ONCE // count)
+    means = np.concatenate(
+        [
+            values[draws.integers(count, size=(min(at_once, RESAMPLES - done), count))].mean(1)
+            for done in range(0, RESAMPLES, at_once)
+        ]
+    )
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return [Estimate(*map(float, estimate)) for estimate in zip(values.mean(0), low, high, strict=True)]
+
+
+def compare(name: str, role: str, base: np.ndarray, tuned: np.ndarray | None) -> Comparison:
+    """The statistics of one score.
+
+    Args:
+      base: `[P, S]`, of S images of each prompt; nan where no score came, and the prompt is left out.
+      tuned: of the tuned model, for the same prompts and noise; None if there is none.
+    """
+    means = np.stack([scores.mean(1) for scores in (base, tuned) if scores is not None], axis=1)
+    came = means[~np.isnan(means).any(1)]
+    counts = (name, role, len(came), len(means) - len(came))
+    if tuned is None:
+        return Comparison(*counts, *bootstrap(came))
+    change = came[:, 1] - came[:, 0]
+    wins = (np.sign(change) + 1) / 2
+    return Comparison(*counts, *bootstrap(np.column_stack([came, change, wins])))
+
+
+def diversity(features: np.ndarray) -> np.ndarray:
+    """Mean cosine distance `[P]` over the pairs of a prompt's images, in [0, 2]; 0 where all are the same.
+
+    Args:
+      features: `[P, S, D]`, of length 1, S at least 2.
+    """
+    features = np.asarray(features, np.float64)
+    samples = features.shape[1]
+    # The sum over pairs of cosines, from the square of the sum of vectors.
+    twice = (features.sum(1) ** 2).sum(-1) - (features**2).sum((1, 2))
+    return 1 - twice / (samples * (samples - 1))
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """`comparison` as strict JSON has it: nan is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Estimate):
+            return {key: plain(number) for key, number in value._asdict().items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {field.name: plain(getattr(comparison, field.name)) for field in dataclasses.fields(comparison)}
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """A table with a line for each score, intervals in brackets; without a tuned model, of the base model's means."""
+    tuned = any(row.tuned is not None for row in comparisons)
+    head = ["score", "role", "base", *(["tuned", "change", "win rate"] if tuned else []), "prompts", "missing"]
+    rows = [[row.name, row.role, *_numbers(row), str(row.prompts), str(row.missing)] for row in comparisons]
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _numbers(row: Comparison) -> list[str]:
+    styles = (row.base, ".4f"), (row.tuned, ".4f"), (row.change, "+.4f"), (row.win_rate, ".1%")
+    return [_show(estimate, style) for estimate, style in styles if estimate is not None]
+
+
+def _show(estimate: Estimate, style: str) -> str:
+    if math.isnan(estimate.mean):
+        return "none"
+    return f"{estimate.mean:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
+
+
+def paired_interval(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
+    """Mean of the differences after - before, and the half-width of its 95 % interval by Student's t.
+
+    Args:
+      before: [P], one value per prompt; nan where there is none, and the prompt is left out.
+      after: [P], for the same prompts in the same order.
+
+    Returns:
+      (mean, half-width); the half-width is nan for one pair, both are for none.
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if before.shape != after.shape or before.ndim != 1 or not before.size:
+        raise ValueError(f"expected two arrays [P], found {before.shape} and {after.shape}")
+    change = (after - before)[~np.isnan(after - before)]
+    count = change.size
+    if count <= 1:
+        return float(change[0]) if count else math.nan, math.nan
+    quantile = scipy.special.stdtrit(count - 1, 0.975)
+    return float(change.mean()), float(quantile * change.std(ddof=1) / math.sqrt(count))

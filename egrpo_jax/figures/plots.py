@@ -1,0 +1,132 @@
+"""The two figures of a run: the reward curve and the entropy of its steps."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from egrpo_jax.common.atomic import atomic_write
+from egrpo_jax.flow.entropy import exp_entropy
+from egrpo_jax.flow.grid import Times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRAIN, _EVAL = "tab:blue", "tab:orange"
+
+
+def reward_curve(
+    metrics: Sequence[Mapping[str, float]],
+    trained: Sequence[str],
+    heldout: Sequence[str],
+    path: str | os.PathLike[str],
+) -> None:
+    """A panel per scorer: its training reward per iteration, and its evaluations with the 95 % interval of the change.
+
+    Args:
+      metrics: lines of `metrics.read_metrics`; uses "reward/<name>/mean" and "eval/<name>/mean" and "change_ci95".
+      trained: scorers that made the reward.
+      heldout: scorers that were only looked at.
+      path: PNG to write.
+
+    Raises:
+      UserError: if `path` cannot be written.
+    """
+    names = [*trained, *heldout]
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(4 * columns + 1, 3.2 * rows)
+    for index, name in enumerate(names, start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        axes.set_title(f"{name} ({'trained on' if name in trained else 'held out'})", fontsize=11)
+        _draw_training(axes, metrics, name)
+        _draw_evaluation(axes, metrics, name)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("reward")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def entropy_plot(
+    times: Times,
+    noise_level: float,
+    active_steps: Sequence[int],
+    merges: Sequence[int],
+    threshold: float | None,
+    path: str | os.PathLike[str],
+) -> None:
+    """e^{h/d} of every grid step on its own, and of each active step after merging.
+
+    Args:
+      times: T + 1 times from 1 to 0.
+      noise_level: a of sigma_t = a sqrt(t / (1 - t)).
+      active_steps: grid steps that are random.
+      merges: for each of them, how many grid steps it spans.
+      threshold: tau of the entropy rule, drawn as a line; None if the merges were made otherwise.
+      path: PNG to write; UserError if it cannot be written.
+    """
+    steps = range(len(times) - 1)
+    single = [exp_entropy(times, step, 1, noise_level) for step in steps]
+    merged = [exp_entropy(times, step, merge, noise_level) for step, merge in zip(active_steps, merges, strict=True)]
+    figure = _figure(8, 4.2)
+    axes = figure.add_subplot()
+    axes.bar(steps, single, width=0.85, color="lightgrey", label="one grid step")
+    bars = axes.bar(active_steps, merged, width=0.4, color=_TRAIN, alpha=0.8, label="active step, merged")
+    axes.bar_label(bars, labels=list(map(str, merges)), fontsize=9)
+    if threshold is not None:
+        axes.axhline(threshold, color=_EVAL, linestyle="--", label=f"threshold {threshold:g}")
+    axes.set_xlabel("grid step (0 is the noisiest); the number on a bar: grid steps merged")
+    axes.set_ylabel("exp(entropy per dimension)")
+    axes.set_xlim(-0.6, len(steps) - 0.4)
+    axes.locator_params(axis="x", integer=True)
+    axes.margins(y=0.12)
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of `key`, where it was written and is finite."""
+    points = [(line["iteration"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]
+    return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+def _draw_training(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str) -> None:
+    """Every iteration in light colour, and a centred running mean over a twentieth of the run."""
+    iterations, rewards = _series(metrics, f"reward/{name}/mean")
+    if not len(iterations):
+        return
+    half = max(1, len(rewards) // 40)
+    smooth = [np.mean(rewards[max(0, i - half) : i + half + 1]) for i in range(len(rewards))]
+    axes.plot(iterations, rewards, color=_TRAIN, alpha=0.3, linewidth=0.8)
+    axes.plot(iterations, smooth, color=_TRAIN, linewidth=1.8, label="training, smoothed")
+
+
+def _draw_evaluation(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str) -> None:
+    evaluations = [line for line in metrics if np.isfinite(line.get(f"eval/{name}/mean", np.nan))]
+    if not evaluations:
+        return
+    iterations, means = _series(evaluations, f"eval/{name}/mean")
+    widths = np.array([line.get(f"eval/{name}/change_ci95", 0.0) for line in evaluations])
+    axes.errorbar(
+        iterations, means, yerr=np.nan_to_num(widths), color=_EVAL, marker="o", markersize=4, capsize=3, linewidth=1,
+        label="evaluation, bars: 95 % of its change",
+    )  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # here: slow to import, and no program needs it before its end
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    atomic_write(path, buffer.getvalue())

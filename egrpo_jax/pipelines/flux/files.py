@@ -1,0 +1,164 @@
+"""The parts of a published FLUX.1 folder, each read into parameters that lie on a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.flow.grid import resolution_shift
+from egrpo_jax.models.clip import ClipText
+from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.models.t5 import T5Encoder
+from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.parallel.rules import FLUX_RULES, shardings
+from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_t5_tokenizer
+from egrpo_jax.weights.configs import read_config
+from egrpo_jax.weights.files import open_tensors
+from egrpo_jax.weights.hub import resolve
+from egrpo_jax.weights.load import load_params
+from egrpo_jax.weights.published import clip, flux, t5, vae
+
+Params = dict[str, Any]
+
+ORBAX = "orbax"
+"""The folder inside what `convert --to orbax` writes."""
+
+_SCHEDULER = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+class TextModels(NamedTuple):
+    """Text encoders with their parameters and tokenizers."""
+
+    t5: T5Encoder
+    t5_params: Params
+    t5_tokenizer: Tokenize
+    clip: ClipText
+    clip_params: Params
+    clip_tokenizer: Tokenize
+    text_tokens: int
+
+
+def pipeline_folder(path: str, text: bool) -> Path:
+    """The local folder of the pipeline `path`; from the Hub without what is not needed, and text encoders if `text`."""
+    parts = [
+        "transformer",
+        "vae",
+        "scheduler",
+        *(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") * text),
+    ]
+    return resolve(path, ["model_index.json", "LICENSE*", *(f"{part}/*" for part in parts)])
+
+
+def load_transformer(folder: Path, other: str | None, dtype: str, mesh: Mesh) -> tuple[FluxConfig, Params]:
+    """The transformer in a pipeline's `folder`, or with the weights of the file or folder `other`."""
+    source = folder if other is None else Path(other)
+    config = read_transformer_config(folder, other)
+    template = _template(transformer_shapes(config), "flow", dtype, mesh)
+    if (source / ORBAX).is_dir():
+        return config, _restore(source / ORBAX, template)
+    files = open_tensors(source)
+    fmt: flux.Format = "bfl" if any(name.startswith("double_blocks.") for name in files) else "diffusers"
+    return config, load_params(files, flux.flux_layout(config, fmt), template)
+
+
+def read_transformer_config(folder: Path, other: str | None) -> FluxConfig:
+    """The sizes of the transformer in `folder`, or of `other`: a folder has its own, a file those of `folder`."""
+    source = folder if other is None else Path(other)
+    if not source.exists() and other is not None:
+        raise ConfigError("model.flux.transformer", other, "an existing file or folder of weights")
+    place = source if other is None or source.is_dir() else folder
+    return flux.config_from_diffusers(read_config(place, flux.CLASS_NAME, flux.KNOWN_KEYS))
+
+
+def transformer_shapes(config: FluxConfig) -> Params:
+    """The parameter tree of a transformer, as shapes."""
+
+    def init() -> Any:
+        text, pooled = jnp.zeros((1, 1, config.text_dim)), jnp.zeros((1, config.pooled_dim))
+        guidance = jnp.zeros(1) if config.guidance_embed else None
+        latents = jnp.zeros((1, 1, config.in_channels))
+        return Flux(config).init(jax.random.key(0), latents, jnp.zeros(1), text, pooled, guidance, grid=(1, 1))
+
+    return jax.eval_shape(init)["params"]
+
+
+def load_decoder(folder: Path, dtype: str, mesh: Mesh) -> tuple[VaeConfig, Params]:
+    """The VAE in `folder`: its sizes, and the decoder's parameters."""
+    config = vae.config_from_diffusers(read_config(folder, vae.CLASS_NAME, vae.KNOWN_KEYS))
+    latents = jnp.zeros((1, 2, 2, config.latent_channels))
+    shapes = jax.eval_shape(lambda: Vae(config).init(jax.random.key(0), latents, method="decode"))["params"]
+    files = open_tensors(folder)
+    fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
+    layout, template = vae.vae_layout(config, fmt, ["decoder"]), _template(shapes, "vae", dtype, mesh)
+    params = load_params(files, layout, template, ignore=(r"encoder\..*",))
+    return config, params["decoder"]
+
+
+def published_shift(folder: Path, image_tokens: int) -> float:
+    """The shift of the time grid on which the pipeline with the scheduler in `folder` samples images of this size."""
+    published = read_config(folder, "FlowMatchEulerDiscreteScheduler", file="scheduler_config.json")
+    keys = {**_SCHEDULER, **{key: value for key, value in published.items() if key in _SCHEDULER}}
+    if not keys["use_dynamic_shifting"]:
+        return keys["shift"]
+    small, large = ((keys[f"{end}_image_seq_len"], keys[f"{end}_shift"]) for end in ("base", "max"))
+    return resolution_shift(image_tokens, small, large)
+
+
+def load_text_models(folder: Path, text_tokens: int, dtype: str, mesh: Mesh) -> TextModels:
+    """The text encoders of a pipeline's folder; T5 writes sequences of `text_tokens`."""
+    t5_model, t5_params = _load_t5(folder / "text_encoder_2", dtype, mesh)
+    clip_model, clip_params = _load_clip(folder / "text_encoder", dtype, mesh)
+    return TextModels(
+        t5=t5_model,
+        t5_params=t5_params,
+        t5_tokenizer=load_t5_tokenizer(folder / "tokenizer_2", text_tokens),
+        clip=clip_model,
+        clip_params=clip_params,
+        clip_tokenizer=load_clip_tokenizer(folder / "tokenizer"),
+        text_tokens=text_tokens,
+    )
+
+
+def _load_t5(folder: Path, dtype: str, mesh: Mesh) -> tuple[T5Encoder, Params]:
+    config = t5.config_from_transformers(read_config(folder, "T5EncoderModel"))
+    model = T5Encoder(config, jnp.dtype(dtype))
+    template = _template(_token_model_shapes(model), "t5", dtype, mesh)
+    return model, load_params(open_tensors(folder), t5.t5_layout(config), template, t5.IGNORED)
+
+
+def _load_clip(folder: Path, dtype: str, mesh: Mesh) -> tuple[ClipText, Params]:
+    config = clip.text_config_from_transformers(read_config(folder, "CLIPTextModel"))
+    model, files = ClipText(config, jnp.dtype(dtype)), open_tensors(folder)
+    template = _template(_token_model_shapes(model), "clip", dtype, mesh)
+    return model, load_params(files, clip.clip_text_layout(config, clip.text_prefix(files)), template, clip.IGNORED)
+
+
+def _token_model_shapes(model: ClipText | T5Encoder) -> Params:
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+
+
+def _template(shapes: Params, name: str, dtype: str, mesh: Mesh) -> Params:
+    """`shapes` with the dtype wanted and the layout that the rules give a model called `name`."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),
+        shapes,
+        shardings(mesh, FLUX_RULES, {name: shapes})[name],
+    )
+
+
+def _restore(folder: Path, template: Params) -> Params:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), template)

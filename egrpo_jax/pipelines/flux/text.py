@@ -1,0 +1,53 @@
+"""Prompts to what FLUX.1 is conditioned on: T5's token states and CLIP's pooled vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from egrpo_jax.pipelines.flux.files import TextModels, load_text_models
+
+
+class FluxText(NamedTuple):
+    """The conditioning of B prompts: `text [B, L, text_dim]` and `pooled [B, pooled_dim]`."""
+
+    text: chex.Array
+    pooled: chex.Array
+
+
+class FluxTextEncoder:
+    """Encodes prompts by the text encoders of a pipeline's folder, which are loaded at the first call."""
+
+    def __init__(self, folder: Path, text_tokens: int, dtype: str, mesh: Mesh):
+        self._load = lambda: load_text_models(folder, text_tokens, dtype, mesh)
+        self._models: TextModels | None = None
+
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """What determines the embeddings, as JSON values."""
+        models = self._loaded()
+        return {
+            "text_tokens": models.text_tokens,
+            "text_dim": models.t5.config.width,
+            "pooled_dim": models.clip.config.transformer.width,
+            "dtype": str(np.dtype(models.t5.dtype)),
+        }
+
+    def __call__(self, prompts: Sequence[str]) -> FluxText:
+        """The conditioning of `prompts`; each prompt's depends on it alone."""
+        models = self._loaded()
+        text = self._t5(models.t5_params, models.t5_tokenizer(prompts))
+        return FluxText(text, self._clip(models.clip_params, models.clip_tokenizer(prompts)).pooled)
+
+    def _loaded(self) -> TextModels:
+        if self._models is None:
+            models = self._models = self._load()
+            self._t5 = jax.jit(lambda params, ids: models.t5.apply({"params": params}, ids))
+            self._clip = jax.jit(lambda params, ids: models.clip.apply({"params": params}, ids))
+        return self._models

@@ -1,0 +1,216 @@
+"""What survives a kill: checkpoints, the workdir's record of its config, and signals.
+
+A checkpoint is an Orbax directory `<step>/` with the items `state` (the arrays) and `meta` (JSON). `meta` also keeps a
+fingerprint of the state: the path, dtype, shape and checksum of every array. It tells the two ways in which a restore
+can fail apart (another model: the paths, dtypes or shapes differ; damage: anything else) and finds the damage that no
+file format notices. A checksum of `meta` itself is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from egrpo_jax.common.errors import UserError, first_line
+
+PyTree = Any
+
+# What Orbax and TensorStore raise for missing, truncated and garbled files, besides a bare Exception.
+_DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
+_NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory. In a multi-host run every process makes the same calls.
+
+    Attributes:
+      damaged: the damaged checkpoints that `restore_latest` found, where they now lie.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+        """Opens or makes `directory` and removes what a killed save left; `keep` >= 2 of the newest are kept."""
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2, so that one damaged checkpoint loses little; found {keep}")
+        self.damaged: list[Path] = []
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints in {self._directory}: {error.strerror}") from error
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+        """Copies `state` and writes it in the background; returns at once if `step` is already the newest.
+
+        Args:
+          step: at least 0, larger than that of every earlier checkpoint.
+          state: arrays and numbers; PRNG keys as `jax.random.key_data`.
+          meta: anything JSON can hold.
+
+        Raises:
+          UserError: if the save before this one could not be written, e.g. on a full disk.
+        """
+        if step == self._manager.latest_step():
+            return
+        self.wait()
+        record = json.loads(json.dumps({"fingerprint": _fingerprint(state), "meta": dict(meta)}))
+        record["crc32"] = _crc32(record)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+        self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Returns once everything saved is on disk; raises UserError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors, with the reason at the end
+            reason = str(error).rsplit(": ", 1)[-1]
+            raise UserError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
+
+    def close(self) -> None:
+        """Waits, and releases the threads. Raises UserError if the last save could not be written."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def restore_latest(self, template: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.
+
+        Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good.
+
+        Args:
+          template: the state, or the same tree of `jax.ShapeDtypeStruct`. The result has its shardings; a struct
+            without one goes to the first device.
+          partial: `template` may lack some of the state's leaves, and only those that it has are read.
+
+        Raises:
+          UserError: if a checkpoint is of another model (paths, dtypes or shapes differ), or all of them are damaged.
+        """
+        target = jax.tree.map(_placed, template)
+        failures: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, meta = self._restore(step, target, partial)
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                failures[step] = error
+                continue
+            self._set_aside(failures, step)
+            return step, state, meta
+        if failures:
+            steps, cause = ", ".join(map(str, failures)), first_line(next(iter(failures.values())))
+            raise UserError(
+                f"every checkpoint in {self._directory} (steps {steps}) is damaged ({cause}); "
+                "put a good copy there, or start over in another workdir"
+            )
+        return None
+
+    def _restore(self, step: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
+        record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not isinstance(record, dict) or record.pop("crc32", None) != _crc32(record):
+            raise ValueError("checksum of meta differs")
+        saved, meta, wanted = record["fingerprint"], record["meta"], _layout(target)
+        if partial:
+            saved = {path: entry for path, entry in saved.items() if path in wanted}
+        _check_same_model(self._directory / str(step), saved, wanted)
+        restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+        found = _fingerprint(state)
+        for path, entry in saved.items():
+            if entry != found[path]:
+                raise ValueError(f"checksum of {path} differs")
+        return state, meta
+
+    def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
+        for step, error in failures.items():
+            number = sum(1 for _ in self._directory.glob(f"damaged-{step}-*"))
+            aside = self._directory / f"damaged-{step}-{number}"
+            multihost_utils.sync_global_devices(f"damaged-{step}")  # every process has counted
+            if jax.process_index() == 0:
+                (self._directory / str(step)).rename(aside)
+            self.damaged.append(aside)
+            logging.warning(
+                "checkpoint %d is damaged (%s); moved to %s, continuing from step %d",
+                step, first_line(error), aside, restored,
+            )  # fmt: skip
+        if failures:
+            multihost_utils.sync_global_devices("damaged")
+            self._manager.reload()
+
+
+def _partial_restore(target: PyTree) -> ocp.args.CheckpointArgs:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether `error` means bad files. TensorStore's failed array reads reach us as a bare `Exception`."""
+    if not isinstance(error, _DAMAGE) and type(error) is not Exception:
+        return False
+    return not _NOT_DAMAGE.search(f"{error} {error.__cause__}")
+
+
+def _placed(leaf: Any) -> Any:
+    """An abstract `leaf` with a sharding that is sure to exist on this machine; checks that it divides the shape."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        return leaf.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array):
+        leaf.sharding.shard_shape(leaf.shape)
+    return leaf
+
+
+def _crc32(record: Any) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _layout(state: PyTree) -> dict[str, list[Any]]:
+    """{path: [dtype, shape]} of every leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): [str(jnp.result_type(leaf)), list(np.shape(leaf))]
+        for path, leaf in leaves
+    }
+
+
+def _fingerprint(state: PyTree) -> dict[str, list[Any]]:
+    """{path: [dtype, shape, checksum]}; the same for every sharding."""
+    checksums = jax.device_get(_checksums(jax.tree.leaves(state)))
+    return {path: [*entry, int(value)] for (path, entry), value in zip(_layout(state).items(), checksums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The sum modulo 2^32 of each array's bits, read as unsigned integers: any order of summing gives the same."""
+
+    def checksum(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        words = leaf.view(f"uint{8 * leaf.dtype.itemsize}")
+        return jnp.sum(words, dtype=jnp.uint32)
+
+    return [checksum(leaf) for leaf in leaves]
+
+
+def _check_same_model(path: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]) -> None:
+    for name in sorted({*saved, *wanted}):
+        found, expected = saved.get(name, [None, None])[:2], wanted.get(name, [None, None])
+        if found != expected:
+            found_text, expected_text = (
+                f"{entry[0]}{entry[1]}" if entry[0] else "nothing" for entry in (found, expected)
+            )
+            raise UserError(
+                f"{path} is a checkpoint of another model: {name} is {found_text} there, {expected_text} here; "
+                "use the config it was made with, or another workdir"
+            )

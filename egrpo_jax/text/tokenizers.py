@@ -1,0 +1,160 @@
+"""The tokenizers of CLIP and T5, from the folders that they are published in.
+
+All turn prompts into token ids of a fixed length, because FLUX.1's encoders are meant to see padding.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import ftfy
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from egrpo_jax.common.errors import UserError
+
+T = TypeVar("T")
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+"""Prompts to token ids, int32 `[B, L]`."""
+
+CLIP_LENGTH = 77
+CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
+T5_PAD, T5_EOS = "<pad>", "</s>"
+
+# Words as CLIP was trained on: English endings, letters together, digits one by one, the rest together.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}"
+
+
+def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
+    """CLIP's byte-pair encoding, from `vocab.json` and `merges.txt`, or, without these, from `tokenizer.json`.
+
+    Ids are int32 `[B, 77]`: a start token, at most 75 of the prompt, an end token, and more end tokens as padding.
+
+    Raises:
+      UserError: a file is missing, damaged, or not of a CLIP tokenizer.
+    """
+    vocab, merges, whole = _clip_files(folder)
+    if whole is not None:
+        tokenizer = _read(lambda: Tokenizer.from_file(str(whole)), whole)
+        _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
+    else:
+        tokenizer = _clip_from_merges(vocab, merges)
+    return _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
+
+
+def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
+    """The same as `load_clip_tokenizer`, but of prompts mended first, as open_clip mends them.
+
+    Broken encodings and curly quotes are replaced and HTML's entities resolved; and what is spelled like a special
+    token is text. Ids differ for such prompts alone. Padding is the end token, where open_clip has 0: no feature of a
+    text depends on what follows its end.
+
+    Raises:
+      UserError: a file is missing, damaged, or not of a CLIP tokenizer.
+    """
+    vocab, merges, whole = _clip_files(folder)
+    if whole is not None:
+        tokenizer = Tokenizer(_read(lambda: Tokenizer.from_file(str(whole)), whole).model)
+    else:
+        tokenizer = Tokenizer(_clip_merges(vocab, merges))
+    _split_words(tokenizer, _WORDS)
+    _add_ends(tokenizer, *_token_ids(tokenizer, whole or vocab, CLIP_BOS, CLIP_EOS))
+    tokenize = _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
+    return lambda prompts: tokenize([_mend(prompt) for prompt in prompts])
+
+
+def _mend(prompt: str) -> str:
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
+
+
+def _clip_files(folder: str | os.PathLike[str]) -> tuple[Path, Path, Path | None]:
+    """`vocab.json`, `merges.txt`, and, if it is there without these, `tokenizer.json`."""
+    vocab, merges, whole = (Path(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    return vocab, merges, whole if whole.is_file() and not (vocab.is_file() or merges.is_file()) else None
+
+
+def _clip_from_merges(vocab: Path, merges: Path) -> Tokenizer:
+    tokenizer = Tokenizer(_clip_merges(vocab, merges))
+    ends = _token_ids(tokenizer, vocab, CLIP_BOS, CLIP_EOS)
+    tokenizer.add_special_tokens([CLIP_BOS, CLIP_EOS])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    _split_words(tokenizer, _CLIP_WORDS)
+    _add_ends(tokenizer, *ends)
+    return tokenizer
+
+
+def _clip_merges(vocab: Path, merges: Path) -> models.BPE:
+    read = lambda: models.BPE.from_file(
+        str(vocab), str(merges), unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>"
+    )
+    return _read(read, vocab, merges)
+
+
+def _split_words(tokenizer: Tokenizer, words: str) -> None:
+    """Has `tokenizer` encode what the pattern `words` finds, one by one, and leave out what is between."""
+    split = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _add_ends(tokenizer: Tokenizer, bos: int, eos: int) -> None:
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (CLIP_EOS, eos), (CLIP_BOS, bos), trim_offsets=False, add_prefix_space=False
+    )
+
+
+def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> Tokenize:
+    """T5's unigram model, from `tokenizer.json`.
+
+    Ids are int32 `[B, length]`: at most `length - 1` of the prompt, the end token 1, and padding with 0. FLUX.1-dev was
+    trained with length 512, FLUX.1-schnell with 256; states of the encoder depend on it.
+
+    Raises:
+      UserError: the file is missing, damaged, or not of a T5 tokenizer.
+    """
+    path = Path(folder, "tokenizer.json")
+    tokenizer = _read(lambda: Tokenizer.from_file(str(path)), path)
+    ids = _token_ids(tokenizer, path, T5_PAD, T5_EOS)
+    if ids != [0, 1] or tokenizer.encode("").ids != [1]:
+        raise UserError(
+            f"{path}: {T5_PAD} and {T5_EOS} are {ids}, and the empty prompt is {tokenizer.encode('').ids}; "
+            "a T5 tokenizer has [0, 1] and [1]"
+        )
+    return _of_fixed_length(tokenizer, length, T5_PAD)
+
+
+def _read(read: Callable[[], T], *paths: Path) -> T:
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; give the tokenizer's folder, as published, with all its files")
+    try:
+        return read()
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        names = " and ".join(str(path) for path in paths)
+        raise UserError(f"cannot read {names} ({' '.join(str(error).split())}); download the folder again") from None
+
+
+def _token_ids(tokenizer: Tokenizer, path: Path, *tokens: str) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise UserError(f"{path} has no token {token}; is it the folder of another model's tokenizer?")
+    return [vocabulary[token] for token in tokens]
+
+
+def _of_fixed_length(tokenizer: Tokenizer, length: int, pad: str) -> Tokenize:
+    """Ids of `length` tokens: cut, keeping what the tokenizer adds at the ends, or padded at the end with `pad`."""
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad, length=length)
+
+    def tokenize(prompts: Sequence[str]) -> np.ndarray:
+        encodings = tokenizer.encode_batch(list(prompts))
+        return np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, length)
+
+    return tokenize

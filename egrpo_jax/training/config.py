@@ -1,0 +1,140 @@
+"""The configuration of `train`: one frozen dataclass for each section; a config file returns `train_config(...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+import ml_collections
+
+from egrpo_jax.common.config import to_config_dict
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.parallel.mesh import MeshConfig
+from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.advantage import Combination
+from egrpo_jax.rl.optimizer import OptimConfig
+from egrpo_jax.rl.plan import PlanConfig
+from egrpo_jax.rl.update import LearnerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """The config section `rewards`; a reward is a built-in name, one of `scorers.remote`, or "module:attribute" of your
+    own.
+
+    Attributes:
+      train: rewards that are trained on.
+      weights: one weight for each of them.
+      combination: how they become one advantage: see `rl.advantage.credit`.
+      clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
+      heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
+      on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
+        was for is left out of the update, and counted; "fail": the run saves and stops.
+    """
+
+    train: tuple[str, ...] = ("emoji",)
+    weights: tuple[float, ...] = (1.0,)
+    combination: Combination = "advantages"
+    clips: tuple[float, ...] = ()
+    heldout: tuple[str, ...] = ()
+    on_missing: Literal["drop_group", "fail"] = "drop_group"
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("train", self.train, "at least one reward")
+        if len(self.weights) != len(self.train):
+            raise ConfigError("weights", self.weights, f"one weight for each of the {len(self.train)} rewards")
+        if self.clips and (len(self.clips) != len(self.train) or min(self.clips) <= 0):
+            raise ConfigError("clips", self.clips, f"nothing, or a number above 0 for each of {self.train}")
+        if self.clips and self.combination == "sum":
+            raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
+        names = self.train + self.heldout
+        if len(set(names)) != len(names):
+            raise ConfigError("heldout", self.heldout, "every reward once, in train or in heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The config section `evaluation`: fixed prompts, fixed noise, the deterministic flow on the plan's grid.
+
+    Attributes:
+      prompts: a built-in set or a text file.
+      every: iterations between two evaluations; there is always one before the first iteration and after the last.
+      batch: prompts sampled at once.
+      kept: how many of the prompts, evenly spread, have their pictures kept; the last report chooses among them.
+    """
+
+    prompts: str = "emoji_heldout"
+    every: int = 10
+    batch: int = 50
+    kept: int = 16
+
+    def __post_init__(self) -> None:
+        for key in ("every", "batch", "kept"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The config section `checkpoint`: iterations between two checkpoints, and how many of the newest are kept."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError("every", self.every, "at least 1")
+        if self.keep < 2:
+            raise ConfigError("keep", self.keep, "at least 2: the newest may be damaged")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The whole configuration of a training run.
+
+    Attributes:
+      name: of the run; it is kept in `runs/<name>` unless --workdir says otherwise.
+      seed: of all noise and of the prompts' order.
+      num_iterations: rollouts, each with its optimizer updates.
+      prompts: a built-in set or a text file, one prompt a line.
+      prompts_per_iteration: over all devices; a multiple of the mesh's axis `data`.
+      prompts_per_rollout: how many of them are rolled out at once, a divisor of their number; None: all. Fewer take
+        less memory, and rewards on other machines score the images of one rollout during the next.
+      wandb: also log to Weights & Biases.
+    """
+
+    name: str = "egrpo"
+    seed: int = 0
+    num_iterations: int = 300
+    prompts: str = "emoji_train"
+    prompts_per_iteration: int = 8
+    prompts_per_rollout: int | None = None
+    wandb: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    scorers: ScorersConfig = field(default_factory=ScorersConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("num_iterations", "prompts_per_iteration"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "at least 1")
+        rollout = self.prompts_per_rollout
+        if rollout is not None and (rollout < 1 or self.prompts_per_iteration % rollout):
+            expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
+            raise ConfigError("prompts_per_rollout", rollout, expected)
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "at least 0")
+
+
+def train_config(config: TrainConfig) -> ml_collections.ConfigDict:
+    """What a config file's `get_config` returns."""
+    return to_config_dict(config)

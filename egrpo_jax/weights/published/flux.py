@@ -1,0 +1,186 @@
+"""FLUX.1 transformers as they are published: the tensors of both file formats, and diffusers' config.json.
+
+`diffusers` is the layout of Hugging Face repositories (`transformer/*.safetensors`), `bfl` that of the original single
+files (`flux1-dev.safetensors`). BFL joins layers that read the same input by output rows; the two halves of the last
+modulation are (shift, scale) in BFL's files and here, (scale, shift) in diffusers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.flux import FluxConfig
+from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Entry, Layout, entry, for_layers, linear
+
+Format = Literal["diffusers", "bfl"]
+Names = tuple[tuple[str, str, str], ...]
+"""Ours, diffusers', BFL's. Where BFL joins several layers into one, ours and diffusers' are separated by spaces."""
+
+CLASS_NAME = "FluxTransformer2DModel"
+KNOWN_KEYS: Mapping[str, Any] = MappingProxyType(
+    {
+        "patch_size": 1,
+        "in_channels": 64,
+        "out_channels": None,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": False,
+        "axes_dims_rope": (16, 56, 56),
+    }
+)
+"""What config.json may say, and what each key means where it is missing."""
+
+_TOP: Names = (
+    ("image_in", "x_embedder", "img_in"),
+    ("text_in", "context_embedder", "txt_in"),
+    ("time_in/linear_1", "time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    ("time_in/linear_2", "time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    ("pooled_in/linear_1", "time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+    ("pooled_in/linear_2", "time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+    ("final", "proj_out", "final_layer.linear"),
+)
+_GUIDANCE: Names = (
+    ("guidance_in/linear_1", "time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    ("guidance_in/linear_2", "time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+)
+_DOUBLE: Names = (
+    ("image_modulation/linear", "norm1.linear", "img_mod.lin"),
+    ("text_modulation/linear", "norm1_context.linear", "txt_mod.lin"),
+    ("image_qkv/to_q image_qkv/to_k image_qkv/to_v", "attn.to_q attn.to_k attn.to_v", "img_attn.qkv"),
+    ("text_qkv/to_q text_qkv/to_k text_qkv/to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv"),
+    ("image_out", "attn.to_out.0", "img_attn.proj"),
+    ("text_out", "attn.to_add_out", "txt_attn.proj"),
+    ("image_ff/linear_1", "ff.net.0.proj", "img_mlp.0"),
+    ("image_ff/linear_2", "ff.net.2", "img_mlp.2"),
+    ("text_ff/linear_1", "ff_context.net.0.proj", "txt_mlp.0"),
+    ("text_ff/linear_2", "ff_context.net.2", "txt_mlp.2"),
+)
+_DOUBLE_SCALES: Names = (
+    ("image_qkv/norm_q/scale", "attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
+    ("image_qkv/norm_k/scale", "attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
+    ("text_qkv/norm_q/scale", "attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
+    ("text_qkv/norm_k/scale", "attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
+)
+_SINGLE: Names = (
+    ("modulation/linear", "norm.linear", "modulation.lin"),
+    ("qkv/to_q qkv/to_k qkv/to_v mlp", "attn.to_q attn.to_k attn.to_v proj_mlp", "linear1"),
+    ("out", "proj_out", "linear2"),
+)
+_SINGLE_SCALES: Names = (
+    ("qkv/norm_q/scale", "attn.norm_q.weight", "norm.query_norm.scale"),
+    ("qkv/norm_k/scale", "attn.norm_k.weight", "norm.key_norm.scale"),
+)
+
+
+def flux_layout(config: FluxConfig, fmt: Format) -> Layout:
+    """All tensors of a FLUX.1 checkpoint of this size: 1160 (diffusers) or 780 (BFL) for FLUX.1-dev."""
+    double, single = (
+        ("transformer_blocks.{}.", "single_transformer_blocks.{}.")
+        if fmt == "diffusers"
+        else ("double_blocks.{}.", "single_blocks.{}.")
+    )
+    double_block = (
+        *_linears(_DOUBLE, fmt, "double_blocks/", double),
+        *_scales(_DOUBLE_SCALES, fmt, "double_blocks/", double),
+    )
+    single_block = (
+        *_linears(_SINGLE, fmt, "single_blocks/", single),
+        *_scales(_SINGLE_SCALES, fmt, "single_blocks/", single),
+    )
+    return (
+        *_linears(_TOP + (_GUIDANCE if config.guidance_embed else ()), fmt),
+        *_final_modulation(fmt),
+        *for_layers(config.num_double_blocks, double_block),
+        *for_layers(config.num_single_blocks, single_block),
+    )
+
+
+def _linears(names: Names, fmt: Format, folder: str = "", prefix: str = "") -> Iterator[Entry]:
+    for ours, diffusers, bfl in names:
+        paths = [folder + path for path in ours.split()]
+        if fmt == "bfl":
+            yield from linear(prefix + bfl, *paths)
+        else:
+            for path, name in zip(paths, diffusers.split(), strict=True):
+                yield from linear(prefix + name, path)
+
+
+def _scales(names: Names, fmt: Format, folder: str, prefix: str) -> Iterator[Entry]:
+    for ours, diffusers, bfl in names:
+        yield entry(prefix + (bfl if fmt == "bfl" else diffusers), folder + ours)
+
+
+def _final_modulation(fmt: Format) -> Layout:
+    path = "final_modulation/linear"
+    if fmt == "bfl":
+        return linear("final_layer.adaLN_modulation.1", path)
+    return (
+        entry("norm_out.linear.weight", f"{path}/kernel", form=LINEAR_SWAPPED),
+        entry("norm_out.linear.bias", f"{path}/bias", form=SWAPPED),
+    )
+
+
+def config_from_diffusers(published: Mapping[str, Any]) -> FluxConfig:
+    """The sizes that a config.json of a `FluxTransformer2DModel` names; keys that say nothing about them are ignored.
+
+    Raises:
+      UserError: a value that no FLUX.1 transformer has.
+    """
+    keys = {**KNOWN_KEYS, **{key: value for key, value in published.items() if key in KNOWN_KEYS}}
+    if keys["patch_size"] != 1:
+        raise UserError(f"config.json: patch_size is {keys['patch_size']}; FLUX.1 packs its patches outside, so 1")
+    if keys["out_channels"] not in (None, keys["in_channels"]):
+        raise UserError(
+            f"config.json: out_channels is {keys['out_channels']}; "
+            f"a velocity has the {keys['in_channels']} channels of its latents (in_channels), or write null"
+        )
+    if sum(keys["axes_dims_rope"]) != keys["attention_head_dim"]:
+        raise UserError(
+            f"config.json: axes_dims_rope is {list(keys['axes_dims_rope'])}; "
+            f"they must add up to attention_head_dim {keys['attention_head_dim']}"
+        )
+    return FluxConfig(
+        in_channels=keys["in_channels"],
+        num_double_blocks=keys["num_layers"],
+        num_single_blocks=keys["num_single_layers"],
+        num_heads=keys["num_attention_heads"],
+        head_dim=keys["attention_head_dim"],
+        text_dim=keys["joint_attention_dim"],
+        pooled_dim=keys["pooled_projection_dim"],
+        guidance_embed=keys["guidance_embeds"],
+        axes_dims=tuple(keys["axes_dims_rope"]),
+    )
+
+
+def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
+    """The content of config.json for `config`, `_class_name` included.
+
+    Raises:
+      UserError: diffusers has no name for this `theta` or `mlp_ratio`.
+    """
+    if (config.theta, config.mlp_ratio) != (10_000.0, 4):
+        raise UserError(
+            f"theta {config.theta:g} and mlp_ratio {config.mlp_ratio} have no place in the config.json of a "
+            f"{CLASS_NAME}, which means 10000 and 4"
+        )
+    return {
+        "_class_name": CLASS_NAME,
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "out_channels": None,
+        "num_layers": config.num_double_blocks,
+        "num_single_layers": config.num_single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.text_dim,
+        "pooled_projection_dim": config.pooled_dim,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": list(config.axes_dims),
+    }

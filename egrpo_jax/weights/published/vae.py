@@ -1,0 +1,208 @@
+"""The FLUX.1 autoencoder as it is published: the tensors of both file formats, and diffusers' config.json.
+
+`diffusers` is the layout of Hugging Face repositories (`vae/*.safetensors`), `bfl` that of `ae.safetensors`. BFL counts
+the levels of the decoder from full resolution down, and makes attention of 1x1 convolutions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.vae import VaeConfig
+from egrpo_jax.weights.layout import CONV, LINEAR, POINT_CONV, Form, Layout, entry, norm
+
+CLASS_NAME = "AutoencoderKL"
+KNOWN_KEYS: Mapping[str, Any] = MappingProxyType(
+    {
+        "act_fn": "silu",
+        "block_out_channels": (64,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "force_upcast": True,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "latents_mean": None,
+        "latents_std": None,
+        "layers_per_block": 1,
+        "mid_block_add_attention": True,
+        "norm_num_groups": 32,
+        "sample_size": 32,
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
+)
+"""What config.json may say, and what each key means where it is missing."""
+_FIXED = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+"""What those keys must say that have no place in `VaeConfig`."""
+
+Part = Literal["encoder", "decoder"]
+Format = Literal["diffusers", "bfl"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """How a format calls its modules; '{}' is the number of a level, then that of a residual block.
+
+    `attention_layers` are group norm, query, key, value and output, of which `attention_form` is the kernels'.
+    """
+
+    down: str
+    downsample: str
+    up: str
+    upsample: str
+    up_counts_upwards: bool
+    middle: tuple[str, str]
+    attention: str
+    attention_layers: tuple[str, str, str, str, str]
+    attention_form: Form
+    shortcut: str
+    norm_out: str
+
+
+_NAMES: dict[Format, _Names] = {
+    "diffusers": _Names(
+        down="down_blocks.{}.resnets.{}",
+        downsample="down_blocks.{}.downsamplers.0.conv",
+        up="up_blocks.{}.resnets.{}",
+        upsample="up_blocks.{}.upsamplers.0.conv",
+        up_counts_upwards=True,
+        middle=("mid_block.resnets.0", "mid_block.resnets.1"),
+        attention="mid_block.attentions.0",
+        attention_layers=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+        attention_form=LINEAR,
+        shortcut="conv_shortcut",
+        norm_out="conv_norm_out",
+    ),
+    "bfl": _Names(
+        down="down.{}.block.{}",
+        downsample="down.{}.downsample.conv",
+        up="up.{}.block.{}",
+        upsample="up.{}.upsample.conv",
+        up_counts_upwards=False,
+        middle=("mid.block_1", "mid.block_2"),
+        attention="mid.attn_1",
+        attention_layers=("norm", "q", "k", "v", "proj_out"),
+        attention_form=POINT_CONV,
+        shortcut="nin_shortcut",
+        norm_out="norm_out",
+    ),
+}
+
+
+def vae_layout(config: VaeConfig, fmt: Format, parts: Sequence[Part] = ("encoder", "decoder")) -> Layout:
+    """The tensors of the autoencoder.
+
+    Args:
+      config: sizes of the model.
+      fmt: "diffusers" for `vae/diffusion_pytorch_model.safetensors`, "bfl" for `ae.safetensors`.
+      parts: the halves wanted.
+    """
+    builders: dict[Part, Callable[[VaeConfig, _Names], Layout]] = {"encoder": _encoder, "decoder": _decoder}
+    return tuple(
+        dataclasses.replace(
+            e,
+            name=f"{part}.{e.name}",
+            leaves=tuple(dataclasses.replace(leaf, path=f"{part}/{leaf.path}") for leaf in e.leaves),
+        )
+        for part in parts
+        for e in builders[part](config, _NAMES[fmt])
+    )
+
+
+def _encoder(config: VaeConfig, names: _Names) -> Layout:
+    levels = config.block_out_channels
+    layout = _kernel("conv_in", "conv_in", CONV)
+    channels = levels[0]
+    for level, out in enumerate(levels):
+        for index in range(config.layers_per_block):
+            layout += _resnet(names.down.format(level, index), f"down_{level}/resnet_{index}", channels != out, names)
+            channels = out
+        if level < len(levels) - 1:
+            layout += _kernel(names.downsample.format(level), f"downsample_{level}", CONV)
+    return layout + _middle(names) + _output(names)
+
+
+def _decoder(config: VaeConfig, names: _Names) -> Layout:
+    levels = config.block_out_channels[::-1]
+    layout = _kernel("conv_in", "conv_in", CONV) + _middle(names)
+    channels = levels[0]
+    for level, out in enumerate(levels):
+        number = level if names.up_counts_upwards else len(levels) - 1 - level
+        for index in range(config.layers_per_block + 1):
+            layout += _resnet(names.up.format(number, index), f"up_{level}/resnet_{index}", channels != out, names)
+            channels = out
+        if level < len(levels) - 1:
+            layout += _kernel(names.upsample.format(number), f"upsample_{level}", CONV)
+    return layout + _output(names)
+
+
+def _middle(names: _Names) -> Layout:
+    before, *layers = names.attention_layers
+    attention = norm(f"{names.attention}.{before}", "middle/attention/norm")
+    for name, path in zip(layers, ("to_q", "to_k", "to_v", "out"), strict=True):
+        attention += _kernel(f"{names.attention}.{name}", f"middle/attention/{path}", names.attention_form)
+    first, second = (
+        _resnet(name, f"middle/resnet_{index}", shortcut=False, names=names) for index, name in enumerate(names.middle)
+    )
+    return first + attention + second
+
+
+def _resnet(name: str, path: str, shortcut: bool, names: _Names) -> Layout:
+    layout: Layout = ()
+    for number in (1, 2):
+        layout += norm(f"{name}.norm{number}", f"{path}/norm_{number}")
+        layout += _kernel(f"{name}.conv{number}", f"{path}/conv_{number}", CONV)
+    return layout + (_kernel(f"{name}.{names.shortcut}", f"{path}/shortcut", POINT_CONV) if shortcut else ())
+
+
+def _output(names: _Names) -> Layout:
+    return norm(names.norm_out, "norm_out") + _kernel("conv_out", "conv_out", CONV)
+
+
+def _kernel(name: str, path: str, form: Form) -> Layout:
+    return entry(f"{name}.weight", f"{path}/kernel", form=form), entry(f"{name}.bias", f"{path}/bias")
+
+
+def config_from_diffusers(published: Mapping[str, Any]) -> VaeConfig:
+    """The sizes that a config.json of an `AutoencoderKL` names; keys that say nothing about them are ignored.
+
+    Raises:
+      UserError: a value that no autoencoder of this architecture (FLUX.1, SD3.5) has.
+    """
+    keys = {**KNOWN_KEYS, **{key: value for key, value in published.items() if key in KNOWN_KEYS}}
+    levels = tuple(keys["block_out_channels"])
+    block_types = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+    }
+    for key, value in (_FIXED | block_types).items():
+        found = list(keys[key]) if key in block_types else keys[key]
+        if found != value:
+            raise UserError(f"config.json: {key} is {found!r}; the autoencoder of FLUX.1 has {value!r}")
+    groups = keys["norm_num_groups"]
+    if any(channels % groups for channels in levels):
+        raise UserError(f"config.json: norm_num_groups is {groups}; must divide block_out_channels {list(levels)}")
+    return VaeConfig(
+        block_out_channels=levels,
+        layers_per_block=keys["layers_per_block"],
+        latent_channels=keys["latent_channels"],
+        norm_num_groups=groups,
+        scaling_factor=keys["scaling_factor"],
+        shift_factor=keys["shift_factor"] or 0.0,
+    )

@@ -1,0 +1,213 @@
+"""A scorer on another machine, and a reward here that takes its scores from there."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.rewards.config import RemoteConfig
+from egrpo_jax.rewards.remote import server as serve
+from egrpo_jax.rewards.remote.client import remote
+from tests.fault_server import numbered
+
+
+def brightness(images, prompts):
+    """Of an image and its own prompt alone."""
+    return images.mean((1, 2, 3)) + np.array([len(prompt) for prompt in prompts])
+
+
+@contextlib.contextmanager
+def serving(reward):
+    server = serve.ScoreServer("mine", reward, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def client(server, **changes):
+    quick = {"timeout": 30.0, "deadline": 30.0, "retries": 0, "batch": 4}
+    return remote("mine", RemoteConfig(f"http://127.0.0.1:{server.server_port}", **quick | changes))
+
+
+def send(server, body, path="/", **headers):
+    """Status and JSON of the answer."""
+    request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}{path}", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def png(image, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(file, format="PNG")
+    return file.getvalue()
+
+
+def body(*files, prompts=None):
+    texts = [base64.b64encode(file).decode() for file in files]
+    return json.dumps({"images": texts, "prompts": ["p"] * len(files) if prompts is None else prompts}).encode()
+
+
+GRAY = np.full((4, 4, 3), 128, np.uint8)
+
+
+def test_scores_from_there_are_those_from_here():
+    rng = np.random.default_rng(0)
+    images = np.rint(rng.uniform(size=(11, 20, 12, 3)) * 255).astype(np.float32) / 255
+    prompts = ["ä" * (index % 3) for index in range(11)]
+    with serving(brightness) as server:
+        scores = client(server)(images, prompts)
+    np.testing.assert_array_equal(scores, brightness(images, prompts).astype(np.float32))
+
+
+def test_it_scores_one_request_at_a_time():
+    busy = threading.Lock()
+
+    def alone(images, prompts):
+        assert busy.acquire(blocking=False)
+        time.sleep(0.005)
+        busy.release()
+        return np.arange(len(prompts)) + images[0, 0, 0, 0] * 255
+
+    with serving(alone) as server:
+        np.testing.assert_allclose(client(server, concurrency=8)(*numbered(40)), np.arange(40), atol=1e-4)
+
+
+def test_it_says_who_it_is():
+    with serving(brightness) as server:
+        assert send(server, None) == (200, {"reward": "mine"})
+
+
+def test_what_is_no_number_is_no_score():
+    with serving(lambda *_: np.array([1.5, np.nan, np.inf])) as server:
+        assert send(server, body(png(GRAY), png(GRAY), png(GRAY))) == (200, {"scores": [1.5, None, None]})
+        np.testing.assert_array_equal(client(server)(*numbered(3)), [1.5, np.nan, np.nan])
+
+
+BAD = {
+    "two lists": [b"[]", b'{"images": 3, "prompts": []}', body(), body(png(GRAY), prompts=["a", "b"])],
+    "prompts: expected texts": [body(png(GRAY), prompts=[3])],
+    "each a PNG in base64": [json.dumps({"images": [3], "prompts": ["a"]}).encode()],
+    "PNG files in base64": [json.dumps({"images": ["!"], "prompts": ["a"]}).encode(), body(b"GIF89a")],
+    "mode RGB, found RGBA": [body(png(GRAY, "RGBA"))],
+    "one size": [body(png(GRAY), png(GRAY[:2]))],
+    "damaged": [body(png(GRAY)[:50])],
+    "Expecting value": [b"no json"],
+    "recursion": [b"[" * 100_000],
+    "decode": [b'"\xff"'],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_request_is_refused_in_a_line(message):
+    with serving(brightness) as server:
+        for request in BAD[message]:
+            status, answer = send(server, request)
+            assert status == 400
+            assert message in answer["error"]
+            assert "\n" not in answer["error"]
+        assert send(server, body(png(GRAY)))[0] == 200
+
+
+def test_images_too_large_together_are_refused(monkeypatch):
+    monkeypatch.setattr("egrpo_jax.rewards.remote.scores.MOST_PIXELS", 40)
+    with serving(brightness) as server:
+        assert send(server, body(png(GRAY), png(GRAY)))[0] == 200
+        status, answer = send(server, body(png(GRAY), png(GRAY), png(GRAY)))
+    assert status == 400
+    assert "at most 40 pixels" in answer["error"]
+
+
+def test_a_request_too_long_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(serve, "LONGEST_REQUEST", 100)
+    with serving(brightness) as server:
+        status, answer = send(server, b"x" * 101)
+    assert (status, answer) == (413, {"error": "expected at most 100 bytes, found 101"})
+
+
+def test_another_path_and_a_missing_length_are_refused():
+    with serving(brightness) as server:
+        assert send(server, b"{}", path="/v1/score")[0] == 404
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection.putrequest("POST", "/")
+        connection.endheaders()
+        assert connection.getresponse().status == 411
+        connection.close()
+
+
+def test_what_the_scorer_cannot_use_is_the_clients_fault(capsys):
+    def picky(_, prompts):
+        raise UserError(f"no text in quotes in {prompts[0]!r}")
+
+    with serving(picky) as server:
+        reward = client(server)
+        assert np.isnan(reward(*numbered(2))).all()
+    assert reward.faults == {"HTTP 400": 1, "missing": 2}
+    assert "no text in quotes in 'prompt 0'" in capsys.readouterr().err
+
+
+def test_a_scorer_that_fails_once_goes_on(capsys):
+    scores = iter([RuntimeError("out of\nmemory"), np.array([7.0])])
+
+    def sometimes(*_):
+        result = next(scores)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    with serving(sometimes) as server:
+        assert send(server, body(png(GRAY))) == (500, {"error": "RuntimeError: out of memory"})
+        assert send(server, body(png(GRAY))) == (200, {"scores": [7.0]})
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_client_that_goes_away_costs_nothing(monkeypatch):
+    assert serve._Handler.timeout == serve.SILENCE
+    monkeypatch.setattr(serve._Handler, "timeout", 0.2)
+    with serving(brightness) as server:
+        for request in (b"", b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{"):
+            with socket.create_connection(("127.0.0.1", server.server_port)) as gone:
+                gone.sendall(request)
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as silent:
+            silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{")
+            assert b" 408 " in silent.recv(100)
+        assert send(server, body(png(GRAY)))[0] == 200
+
+
+def test_closing_waits_for_the_answers_under_way():
+    begun, go, scores = threading.Event(), threading.Event(), []
+
+    def when_told(images, _):
+        begun.set()
+        go.wait(30)
+        return np.zeros(len(images))
+
+    with serving(when_told) as server:
+        asking = threading.Thread(target=lambda: scores.append(client(server)(*numbered(2))))
+        asking.start()
+        assert begun.wait(30)
+        server.shutdown()
+        closing = threading.Thread(target=server.server_close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        go.set()
+        closing.join(30)
+        asking.join(30)
+    np.testing.assert_array_equal(scores, [[0, 0]])

@@ -1,0 +1,378 @@
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import egrpo_jax
+from egrpo_jax.common.atomic import atomic_write
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.run.checkpoint import Checkpoints
+from egrpo_jax.run.preemption import PreemptionGuard
+from egrpo_jax.run.workdir import claim_workdir
+
+# When one array cannot be read, Orbax drops the reads of the others, and Python complains when it collects those.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_dropped_reads():
+    yield
+    gc.collect()
+
+
+def make_state(seed=0):
+    """One of each thing a run keeps: weights in two dtypes, a masked optimizer state, a key, counters, a None."""
+    params = {
+        "kernel": jax.random.normal(jax.random.key(seed), (64, 32)),
+        "frozen": jnp.full((3, 4), 1.5, jnp.bfloat16),
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), {"kernel": True, "frozen": False})
+    )
+    return {
+        "params": params,
+        "optimizer": optimizer.init(params),
+        "key": jax.random.key_data(jax.random.key(seed + 7)),
+        "step": jnp.int32(seed),
+        "flags": jnp.array([True, False]),
+        "nothing": None,
+    }
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A directory with good checkpoints of the steps 1 and 2."""
+    directory = tmp_path_factory.mktemp("good")
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), {"epoch": step, "rate": 0.1})
+    checkpoints.close()
+    return directory
+
+
+@pytest.fixture
+def directory(good, tmp_path):
+    """A copy of `good` to damage."""
+    return Path(shutil.copytree(good, tmp_path / "checkpoints"))
+
+
+def biggest(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def test_restores_every_bit(good):
+    checkpoints = Checkpoints(good)
+    step, state, meta = checkpoints.restore_latest(make_state())
+    assert (step, meta) == (2, {"epoch": 2, "rate": 0.1})
+    assert_same(state, make_state(2))
+    assert checkpoints.damaged == []
+
+
+def test_restores_into_an_abstract_template_with_its_shardings(good):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    plain = jax.eval_shape(make_state)
+    sharded = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), plain)
+    for template in (plain, sharded):
+        _, state, _ = Checkpoints(good).restore_latest(template)
+        assert_same(state, make_state(2))
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
+
+
+def test_restores_a_part(good):
+    wanted = {"params": {"kernel": make_state()["params"]["kernel"]}, "step": jnp.int32(0)}
+    step, state, meta = Checkpoints(good).restore_latest(wanted, partial=True)
+    expected = make_state(2)
+    assert_same(state, {"params": {"kernel": expected["params"]["kernel"]}, "step": expected["step"]})
+    assert (step, meta["epoch"]) == (2, 2)
+    with pytest.raises(UserError, match=r"another model: params\.kernel is float32\[64, 32\] there, float32\[2\] here"):
+        Checkpoints(good).restore_latest({"params": {"kernel": jnp.zeros(2)}}, partial=True)
+    with pytest.raises(UserError, match=r"another model: params\.other is nothing there"):
+        Checkpoints(good).restore_latest({"params": {"other": jnp.zeros(2)}}, partial=True)
+
+
+def test_a_template_that_cannot_be_sharded_is_no_damage(directory):
+    sharding = NamedSharding(jax.sharding.AbstractMesh((3,), ("data",)), PartitionSpec("data"))
+    template = make_state() | {"key": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=sharding)}
+    with pytest.raises(ValueError, match="evenly divide"):
+        Checkpoints(directory).restore_latest(template)
+    assert (directory / "2").exists()
+
+
+def test_nothing_there(tmp_path):
+    assert Checkpoints(tmp_path / "new").restore_latest(make_state()) is None
+
+
+def test_keeps_the_newest_and_ignores_saving_one_twice(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 3):
+        checkpoints.save(step, {"x": jnp.arange(step)}, {})
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    with pytest.raises(ValueError, match="at least 2"):
+        Checkpoints(tmp_path, keep=1)
+
+
+def test_saving_does_not_see_later_changes(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    values = np.zeros(1000, np.float32)
+    checkpoints.save(1, {"x": values, "y": jnp.asarray(values)}, {})
+    values += 1
+    checkpoints.wait()
+    _, state, _ = checkpoints.restore_latest({"x": jnp.zeros(1000), "y": jnp.zeros(1000)})
+    assert not np.any(state["x"])
+    assert not np.any(state["y"])
+
+
+DAMAGE = {
+    "data truncated": lambda step: os.truncate(biggest(step), biggest(step).stat().st_size // 2),
+    "data deleted": lambda step: biggest(step).unlink(),
+    "data garbage": lambda step: biggest(step).write_bytes(b"garbage" * 100),
+    "data bit flipped": lambda step: flip_bit(biggest(step)),
+    "data emptied": lambda step: os.truncate(biggest(step), 0),
+    "manifest deleted": lambda step: (step / "state/manifest.ocdbt").unlink(),
+    "manifest garbage": lambda step: (step / "state/manifest.ocdbt").write_bytes(b"garbage"),
+    "tree truncated": lambda step: os.truncate(step / "state/_METADATA", 100),
+    "tree deleted": lambda step: (step / "state/_METADATA").unlink(),
+    "meta deleted": lambda step: (step / "meta/metadata").unlink(),
+    "meta not UTF-8": lambda step: (step / "meta/metadata").write_bytes(b"\xff\xfe"),
+    "meta other JSON": lambda step: (step / "meta/metadata").write_text("3"),
+    "meta bit flipped": lambda step: flip_bit(step / "meta/metadata"),
+    "state missing": lambda step: shutil.rmtree(step / "state"),
+    "all missing": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_falls_back(directory, damage, caplog):
+    damage(directory / "2")
+    checkpoints = Checkpoints(directory)
+    step, state, meta = checkpoints.restore_latest(make_state())
+    assert (step, meta["epoch"]) == (1, 1)
+    assert_same(state, make_state(1))
+    assert [path.name for path in checkpoints.damaged] == ["damaged-2-0"]
+    warnings = [record for record in caplog.records if "is damaged" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "\n" not in warnings[0].getMessage()
+
+    checkpoints.save(2, make_state(5), {})
+    checkpoints.wait()
+    step, state, _ = checkpoints.restore_latest(make_state())
+    assert step == 2
+    assert_same(state, make_state(5))
+    assert (directory / "damaged-2-0").exists()
+
+
+def test_damaged_twice_keeps_both(directory):
+    for number in range(2):
+        (directory / "2/meta/metadata").unlink()
+        checkpoints = Checkpoints(directory)
+        assert checkpoints.restore_latest(make_state())[0] == 1
+        assert checkpoints.damaged == [directory / f"damaged-2-{number}"]
+        checkpoints.save(2, make_state(2), {})
+        checkpoints.close()
+
+
+def test_all_damaged_is_never_a_fresh_start(directory):
+    for step in ("1", "2"):
+        biggest(directory / step).unlink()
+    for _ in range(2):  # nothing is moved, so a restart says the same
+        with pytest.raises(UserError, match=f"every checkpoint in {directory} .*2, 1.* damaged"):
+            Checkpoints(directory).restore_latest(make_state())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": jnp.zeros(2, jnp.int32)}, r"step is int32\[\] there, int32\[2\] here"),
+        ({"step": jnp.float32(0)}, r"step is int32\[\] there, float32\[\] here"),
+        ({"extra": jnp.zeros(2)}, r"extra is nothing there, float32\[2\] here"),
+        ({"params": {"frozen": jnp.zeros((3, 4), jnp.bfloat16)}}, r"params.kernel is float32\[64, 32\] there, nothing"),
+    ],
+)
+def test_another_model_is_no_damage(directory, change, message):
+    with pytest.raises(UserError, match=f"{directory}/2 is a checkpoint of another model: {message}"):
+        Checkpoints(directory).restore_latest(make_state() | change)
+    assert (directory / "2").exists()
+
+
+def test_errors_that_say_nothing_about_the_files_pass_through(directory, monkeypatch):
+    checkpoints = Checkpoints(directory)
+    for error in (KeyboardInterrupt(), MemoryError(), PermissionError("no"), ValueError("UNAVAILABLE: later")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoints, "_restore", fail)
+        with pytest.raises(type(error)):
+            checkpoints.restore_latest(make_state())
+    assert (directory / "2").exists()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write checkpoints in .*file/checkpoints"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_full_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = {"x": jax.random.normal(jax.random.key(0), (1 << 16,))}
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        checkpoints.save(2, state, {})
+        with pytest.raises(UserError, match=f"cannot write a checkpoint in {tmp_path}: File too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoints.restore_latest(state)[0] == 1
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore_latest(state)[0] == 3
+
+
+KILLED = """
+import itertools, sys
+import jax.numpy as jnp
+from egrpo_jax.run.checkpoint import Checkpoints
+state = lambda step: {str(leaf): jnp.full((256, 1024), step + leaf, jnp.float32) for leaf in range(4)}
+checkpoints = Checkpoints(sys.argv[1])
+found = checkpoints.restore_latest(state(0))
+start = found[0] if found else 0
+for step in itertools.count(start + 1):
+    checkpoints.save(step, state(step), {"step": step})
+    if step == start + 2:
+        print("ready", flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
+    root = str(Path(egrpo_jax.__file__).parents[1])
+    newest = 0
+    for delay in (0.0, 0.013, 0.071, 0.2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        template = {str(leaf): jnp.zeros((256, 1024)) for leaf in range(4)}
+        checkpoints = Checkpoints(tmp_path)
+        step, state, meta = checkpoints.restore_latest(template)
+        checkpoints.close()
+        assert step > newest
+        assert meta == {"step": step}
+        assert checkpoints.damaged == []
+        assert all(np.all(state[str(leaf)] == step + leaf) for leaf in range(4))
+        assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+        newest = step
+
+
+CONFIG = {"lr": 1e-4, "steps": (1, 2), "model": {"depth": 3, "lora": None}, "rewards": {}}
+
+
+def test_claims_a_workdir(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    claim_workdir(workdir, CONFIG, allow_change=False)
+    claim_workdir(workdir, CONFIG | {"steps": [1, 2]}, allow_change=False)
+    assert json.loads((workdir / "config.json").read_text())["model"] == {"depth": 3, "lora": None}
+
+
+def test_names_every_difference(tmp_path):
+    claim_workdir(tmp_path, CONFIG, allow_change=False)
+    changed = {"lr": 1e-4, "steps": (1, 3), "model": {"depth": 4, "lora": None, "width": 8}, "rewards": {"hps": 1.0}}
+    with pytest.raises(UserError) as error:
+        claim_workdir(tmp_path, changed, allow_change=False)
+    message = str(error.value)
+    for part in ("model.depth was 3, now 4", "model.width was nothing, now 8", "steps was [1, 2], now [1, 3]"):
+        assert part in message
+    assert "--allow_config_change" in message
+    assert "another workdir" in message
+    assert "\n" not in message
+    assert "lr" not in message
+    claim_workdir(tmp_path, changed, allow_change=True)
+    claim_workdir(tmp_path, changed, allow_change=False)
+
+
+def test_one_and_true_and_none_are_different_configs(tmp_path):
+    claim_workdir(tmp_path, {"a": 1, "b": None}, allow_change=False)
+    with pytest.raises(UserError, match="a was 1, now True; b was None, now nothing"):
+        claim_workdir(tmp_path, {"a": True}, allow_change=False)
+
+
+def test_workdirs_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/file/run/config.json"):
+        claim_workdir(tmp_path / "file" / "run", CONFIG, allow_change=False)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}/config.json"):
+        claim_workdir(tmp_path, CONFIG, allow_change=False)
+
+
+def test_atomic_write(tmp_path):
+    path = tmp_path / "deep" / "file"
+    atomic_write(path, "näme\n")
+    assert path.read_bytes() == "näme\n".encode()
+    atomic_write(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(UserError, match="cannot write"):
+        atomic_write(path.parent, "a directory is there")
+    assert list(tmp_path.iterdir()) == [path.parent]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_preemption_sets_a_flag(number):
+    before = signal.getsignal(number)
+    with PreemptionGuard() as guard:
+        assert guard.requested is None
+        os.kill(os.getpid(), number)
+        assert guard.requested == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with PreemptionGuard() as guard:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert guard.requested == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

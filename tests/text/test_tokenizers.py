@@ -1,0 +1,170 @@
+"""Token ids against those of the published tokenizers (golden files), and folders that are not right."""
+
+import json
+
+import numpy as np
+import pytest
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.text.tokenizers import (
+    _clip_from_merges,
+    load_clip_tokenizer,
+    load_open_clip_tokenizer,
+    load_t5_tokenizer,
+)
+from tests.oracle import open_clip
+from tests.oracle.scored_images import TEXTS
+from tests.oracle.tokenizers import BOS, EOS, GOLDEN, PROMPTS, T5_LENGTHS, t5_pieces, write_clip, write_t5
+
+
+def golden(name):
+    with np.load(GOLDEN) as file:
+        return file[f"{name}/ids"]
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    write_clip(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def t5_folder(tmp_path):
+    write_t5(tmp_path)
+    return tmp_path
+
+
+def clip_ids(folder):
+    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    return vocabulary, vocabulary[BOS], vocabulary[EOS]
+
+
+def test_clip_ids_are_the_published_ones(clip_folder):
+    ids = load_clip_tokenizer(clip_folder)(PROMPTS)
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids, golden("clip"))
+
+
+def test_clip_ids_by_hand(clip_folder):
+    vocabulary, bos, eos = clip_ids(clip_folder)
+    ids = load_clip_tokenizer(clip_folder)(["Photo of the  CAT7!", ""])
+    pieces = ["photo</w>", "of</w>", "the</w>", "cat</w>", "7</w>", "!</w>"]
+    np.testing.assert_array_equal(ids[0], [bos, *(vocabulary[piece] for piece in pieces), *[eos] * 70])
+    np.testing.assert_array_equal(ids[1], [bos, *[eos] * 76])
+
+
+def test_a_long_clip_prompt_keeps_75_tokens_and_its_ends(clip_folder):
+    vocabulary, bos, eos = clip_ids(clip_folder)
+    ids = load_clip_tokenizer(clip_folder)(["cat " * 200])[0]
+    np.testing.assert_array_equal(ids, [bos, *[vocabulary["cat</w>"]] * 75, eos])
+
+
+def test_clip_from_tokenizer_json_alone(clip_folder, tmp_path_factory):
+    """As transformers 5 saves it: settings of length in the file count for nothing."""
+    whole = _clip_from_merges(clip_folder / "vocab.json", clip_folder / "merges.txt")
+    whole.enable_truncation(9)
+    folder = tmp_path_factory.mktemp("whole")
+    whole.save(str(folder / "tokenizer.json"))
+    np.testing.assert_array_equal(load_clip_tokenizer(folder)(PROMPTS), golden("clip"))
+
+
+def up_to_the_end(ids):
+    """Without padding, which open_clip does with another token: no feature depends on it."""
+    return [list(row[: list(row).index(ids.max()) + 1]) for row in ids]
+
+
+def test_open_clip_ids_are_the_published_ones(clip_folder):
+    with np.load(open_clip.GOLDEN) as file:
+        expected = file["tokens/ids"]
+    ids = load_open_clip_tokenizer(clip_folder)(TEXTS)
+    assert ids.shape == (len(TEXTS), 77)
+    assert up_to_the_end(ids) == up_to_the_end(expected)
+    mended = [row for row, text in enumerate(TEXTS) if (load_clip_tokenizer(clip_folder)([text]) != ids[row]).any()]
+    assert len(mended) >= 4
+    assert mended[0] > 0
+
+
+def test_open_clip_texts_by_hand(clip_folder):
+    """Entities are resolved twice, broken encodings and ligatures mended; special tokens are text."""
+    ids = load_open_clip_tokenizer(clip_folder)
+    np.testing.assert_array_equal(ids(["the  &amp;lt; CAT\n"]), ids(["the < cat"]))
+    np.testing.assert_array_equal(ids(["the dogâ€™s"]), ids(["the dog's"]))
+    eos = clip_ids(clip_folder)[2]
+    for text in (EOS, "<end_of_text>"):
+        row = list(ids([f"the cat {text} of"])[0])
+        assert row.index(eos) > 6, text
+
+
+def test_open_clip_from_tokenizer_json_alone(clip_folder, tmp_path_factory):
+    whole = _clip_from_merges(clip_folder / "vocab.json", clip_folder / "merges.txt")
+    folder = tmp_path_factory.mktemp("whole")
+    whole.save(str(folder / "tokenizer.json"))
+    np.testing.assert_array_equal(load_open_clip_tokenizer(folder)(TEXTS), load_open_clip_tokenizer(clip_folder)(TEXTS))
+
+
+@pytest.mark.parametrize("length", T5_LENGTHS)
+def test_t5_ids_are_the_published_ones(t5_folder, length):
+    ids = load_t5_tokenizer(t5_folder, length)(PROMPTS)
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids, golden(f"t5_{length}"))
+
+
+def test_t5_ids_by_hand(t5_folder):
+    places = {piece: place for place, (piece, _) in enumerate(t5_pieces())}
+    ids = load_t5_tokenizer(t5_folder, 6)(["photo of the cat", "", "the " * 50, "🚀"])
+    words = [places[f"▁{word}"] for word in ("photo", "of", "the", "cat")]
+    np.testing.assert_array_equal(ids[0], [*words, 1, 0])
+    np.testing.assert_array_equal(ids[1], [1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(ids[2], [*[places["▁the"]] * 5, 1])
+    np.testing.assert_array_equal(ids[3], [places["▁"], 2, 1, 0, 0, 0])
+
+
+def test_no_prompts_give_no_rows(tmp_path_factory):
+    clip, t5 = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("t5")
+    write_clip(clip)
+    write_t5(t5)
+    assert load_clip_tokenizer(clip)([]).shape == (0, 77)
+    assert load_t5_tokenizer(t5, 12)([]).shape == (0, 12)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_missing_clip_file_is_named(clip_folder, name):
+    (clip_folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing; .*folder"):
+        load_clip_tokenizer(clip_folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("damage", [b'{"a": ', b"\xff\xfe\x00", b"#version: 0.2\nnever seen\n"])
+def test_a_damaged_clip_file_is_one_line(clip_folder, name, damage):
+    (clip_folder / name).write_bytes(damage)
+    with pytest.raises(UserError, match=f"cannot read .*{name}.* download the folder again") as caught:
+        load_clip_tokenizer(clip_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_without_special_tokens_is_refused(clip_folder):
+    vocabulary = clip_ids(clip_folder)[0]
+    (clip_folder / "vocab.json").write_text(json.dumps({k: v for k, v in vocabulary.items() if k != BOS}), "utf-8")
+    with pytest.raises(UserError, match=r"vocab.json has no token <\|startoftext\|>; .*another model"):
+        load_clip_tokenizer(clip_folder)
+
+
+def test_t5_files_that_are_not_right(t5_folder):
+    path = t5_folder / "tokenizer.json"
+    whole = path.read_text("utf-8")
+    path.write_text(whole[: len(whole) // 2], "utf-8")
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer.json \(.*\); download the folder again"):
+        load_t5_tokenizer(t5_folder, 16)
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json is missing; "):
+        load_t5_tokenizer(t5_folder, 16)
+
+
+def test_tokenizers_of_other_models_are_refused(t5_folder):
+    special, rest = t5_pieces()[:3], t5_pieces()[3:]
+    write_t5(t5_folder, [special[2], special[1], special[0], *rest])
+    with pytest.raises(UserError, match=r"<pad> and </s> are \[2, 1\].*a T5 tokenizer has \[0, 1\] and \[1\]"):
+        load_t5_tokenizer(t5_folder, 16)
+    with pytest.raises(UserError, match=r"tokenizer.json has no token <\|startoftext\|>"):
+        load_clip_tokenizer(t5_folder)

@@ -1,0 +1,115 @@
+"""The autoencoder's files: tables complete at the published size and the same both ways; its config.json."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.published.vae import KNOWN_KEYS, config_from_diffusers, vae_layout
+from tests.oracle.random_weights import random_tensors
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "flux_vae_shapes.json"
+SMALL = VaeConfig(block_out_channels=(4, 8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2)
+PUBLISHED = {
+    "_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0.dev0", "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "force_upcast": True,
+    "in_channels": 3, "latent_channels": 16, "latents_mean": None, "latents_std": None, "layers_per_block": 2,
+    "mid_block_add_attention": True, "norm_num_groups": 32, "out_channels": 3, "sample_size": 1024,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_post_quant_conv": False, "use_quant_conv": False,
+}  # fmt: skip
+
+
+def template(config):
+    """Shapes of our parameters."""
+    images = jax.ShapeDtypeStruct((1, config.stride, config.stride, 3), jnp.float32)
+    return jax.eval_shape(Vae(config).init, jax.random.key(0), images)["params"]
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "bfl"])
+def test_every_parameter_of_the_published_size_is_in_one_tensor(fmt):
+    layout, params = vae_layout(VaeConfig(), fmt), template(VaeConfig())
+    paths = [leaf.path for e in layout for leaf in e.leaves]
+    assert len(set(paths)) == len(paths) == len({e.name for e in layout}) == 244
+    assert set(paths) == set(flatten_dict(params, sep="/"))
+    assert {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in params} == {
+        "encoder": 34_274_208,
+        "decoder": 49_545_475,
+    }
+
+
+def test_names_and_shapes_of_diffusers():
+    expected = {name: tuple(shape) for name, shape in json.loads(GOLDEN.read_text()).items()}
+    assert published_shapes(vae_layout(VaeConfig(), "diffusers"), template(VaeConfig())) == expected
+
+
+def test_names_and_shapes_of_black_forest_labs():
+    """Where `ae.safetensors` differs: levels of the decoder count downwards, attention is made of 1x1 convolutions."""
+    shapes = published_shapes(vae_layout(VaeConfig(), "bfl"), template(VaeConfig()))
+    expected = {
+        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+        "encoder.mid.attn_1.proj_out.weight": (512, 512, 1, 1),
+        "encoder.norm_out.weight": (512,),
+        "encoder.conv_out.weight": (32, 512, 3, 3),
+        "decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.mid.block_2.conv2.bias": (512,),
+        "decoder.mid.attn_1.norm.weight": (512,),
+        "decoder.up.3.block.2.conv1.weight": (512, 512, 3, 3),
+        "decoder.up.1.upsample.conv.weight": (256, 256, 3, 3),
+        "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+    }
+    assert {name: shapes[name] for name in expected} == expected
+    assert not any(name.startswith(("decoder.up.0.upsample", "encoder.down.3.downsample")) for name in shapes)
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "bfl"])
+@pytest.mark.parametrize("parts", [("encoder", "decoder"), ("decoder",), ("encoder",)])
+def test_round_trip(fmt, parts):
+    params = {part: subtree for part, subtree in template(SMALL).items() if part in parts}
+    layout = vae_layout(SMALL, fmt, parts)
+    tensors = random_tensors(published_shapes(layout, params))
+    ours = import_tensors(layout, tensors, params)
+    assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, params)
+    exported = dict(export_tensors(layout, ours))
+    assert exported.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(exported[name], tensor)
+
+
+def test_published_configs():
+    assert {key for key in PUBLISHED if not key.startswith("_")} == KNOWN_KEYS.keys()
+    assert config_from_diffusers(PUBLISHED) == VaeConfig()
+    sd35 = {**PUBLISHED, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    assert config_from_diffusers(sd35) == VaeConfig(scaling_factor=1.5305, shift_factor=0.0609)
+    assert config_from_diffusers({**PUBLISHED, "shift_factor": None}).shift_factor == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("use_quant_conv", True, "use_quant_conv is True; .* has False"),
+        ("mid_block_add_attention", False, "mid_block_add_attention is False"),
+        ("latents_mean", [0.0] * 16, "latents_mean is .*has None"),
+        ("down_block_types", ["DownEncoderBlock2D"] * 3, "down_block_types is"),
+        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, r"up_block_types is \['AttnUp"),
+        ("norm_num_groups", 48, r"norm_num_groups is 48; must divide block_out_channels \[128"),
+    ],
+)
+def test_configs_of_other_models_are_refused(key, value, message):
+    with pytest.raises(UserError, match=message) as error:
+        config_from_diffusers({**PUBLISHED, key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_absent_keys_mean_what_they_mean_to_diffusers():
+    with pytest.raises(UserError, match="use_post_quant_conv is True"):
+        config_from_diffusers({})
