@@ -18,7 +18,7 @@ import ml_collections
 
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig

@@ -30,7 +30,7 @@ from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import COLLECTION, merge_lora
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import load_pipeline
-from egrpo_jax.pipelines.flux.files import ORBAX, pipeline_folder, read_transformer_config
+from egrpo_jax.pipelines.flux.loading import ORBAX, pipeline_folder, read_transformer_config
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.state import restore_params
 from egrpo_jax.weights.export import export_folder
@@ -94,8 +94,12 @@ def main() -> None:
     base = pipeline_folder(config.model.path, text=TO.value == "pipeline")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(config.model, mesh)
-        params = pipeline.params if WORKDIR.value is None else restore_params(Path(WORKDIR.value), pipeline, config)[0]
+        pipeline = load_pipeline(config.model)
+        params = (
+            pipeline.load(mesh)
+            if WORKDIR.value is None
+            else restore_params(Path(WORKDIR.value), pipeline, config, mesh)[0]
+        )
         sizes = read_transformer_config(base / "transformer", config.model.flux.transformer)
         if TO.value == "peft":
             assert lora is not None

@@ -18,7 +18,7 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines.flux.files import pipeline_folder
+from egrpo_jax.pipelines.flux.loading import pipeline_folder
 from egrpo_jax.pipelines.flux.text import FluxTextEncoder
 from egrpo_jax.training.config import TrainConfig
 
@@ -38,9 +38,7 @@ def main() -> None:
     prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
     options, mesh = config.model.flux, make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        encoder = FluxTextEncoder(
-            pipeline_folder(config.model.path, text=True), options.text_tokens, options.dtype, mesh
-        )
+        encoder = FluxTextEncoder(pipeline_folder(config.model.path, text=True), options.text_tokens, options.dtype)
         made = write_embeddings(
             OUT.value,
             prompts,

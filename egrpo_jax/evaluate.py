@@ -21,6 +21,7 @@ from egrpo_jax.cli.sampling import SCHEDULE, SEED, WORKDIR, chosen_sampling
 from egrpo_jax.common.atomic import atomic_write, new_folder
 from egrpo_jax.common.config import from_config_dict, to_config_dict
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.evaluation import protocol
 from egrpo_jax.evaluation import statistics as comparison
@@ -38,7 +39,7 @@ from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.state import restore_params
+from egrpo_jax.training.state import restore_trained
 
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set; default: the config's."
@@ -67,14 +68,17 @@ def chosen_judging(config: TrainConfig, trained: Sequence[str], mesh: Mesh) -> J
     return Judging(rewards, judge, SAMPLES.value, features, f"diversity ({DIVERSITY.value})")
 
 
-def load_tuned(
-    config: TrainConfig, pipeline: Pipeline, workdir: Path | None
+def load_models(
+    config: TrainConfig, pipeline: Pipeline, workdir: Path | None, mesh: Mesh
 ) -> tuple[list[Any], dict[str, Any] | None]:
-    """The parameters of the run in `workdir`, if there is one, and what they are."""
+    """The parameters of the base model and of the run in `workdir`, if there is one, and what the latter is."""
     if workdir is None:
-        return [], None
-    params, iteration = restore_params(workdir, pipeline, config)
-    return [params], {"workdir": str(workdir), "iteration": iteration, "ema_decay": config.learner.ema_decay}
+        return [pipeline.load(mesh)], None
+    trained, iteration = restore_trained(workdir, pipeline, config, mesh)
+    base = pipeline.load(mesh)
+    tuned = combine(trained, partition(base, pipeline.trainable)[1])
+    made = {"workdir": str(workdir), "iteration": iteration, "ema_decay": config.learner.ema_decay}
+    return [base, tuned], made
 
 
 def check_out(out: Path) -> None:
@@ -104,10 +108,9 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         judging = chosen_judging(config, trained, mesh)
-        pipeline = load_pipeline(config.model, mesh)
+        pipeline = load_pipeline(config.model)
         pipeline.require(prompts)
-        params, tuned = load_tuned(config, pipeline, workdir)
-        models = [pipeline.params, *params]
+        models, tuned = load_models(config, pipeline, workdir, mesh)
         sampling = chosen_sampling(config, pipeline, len(prompts))
         results = sample_and_score(sampling.sampler(pipeline), models, prompts, SEED.value, sampling.batch, judging)
     made = {

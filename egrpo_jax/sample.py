@@ -65,11 +65,12 @@ def main() -> None:
     prompts = chosen_prompts()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(config.model, mesh)
+        pipeline = load_pipeline(config.model)
         pipeline.require(prompts)
-        params, source = pipeline.params, "the config's weights"
-        if WORKDIR.value is not None:
-            params, iteration = restore_params(Path(WORKDIR.value), pipeline, config)
+        if WORKDIR.value is None:
+            params, source = pipeline.load(mesh), "the config's weights"
+        else:
+            params, iteration = restore_params(Path(WORKDIR.value), pipeline, config, mesh)
             source = f"{WORKDIR.value}, iteration {iteration}"
         sampling = chosen_sampling(config, pipeline, len(prompts))
         pictures = sampling.sampler(pipeline)(params, prompts, jax.random.key(SEED.value))

@@ -29,7 +29,7 @@ from egrpo_jax.evaluation.side_by_side import (
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
@@ -62,8 +62,8 @@ def judging(**arguments):
 def results(judging, batch=4, prompts=PROMPTS, models=2, seed=0):
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"), mesh)
-        params = [pipeline.params, toy.params(seed=5, width=12)]
+        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"))
+        params = [pipeline.load(mesh), toy.params(seed=5, width=12)]
         sampler = Sampler(pipeline, shifted_times(4, 3.0), batch)
         return sample_and_score(sampler, params[:models], prompts, seed, batch, judging)
 
@@ -72,9 +72,9 @@ def test_scores_are_those_of_the_sampler_with_one_seed_a_sample():
     found = results(judging(samples=3), seed=7)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"), mesh)
+        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"))
         sampler = Sampler(pipeline, shifted_times(4, 3.0), 4)
-        for model, params in enumerate([pipeline.params, toy.params(seed=5, width=12)]):
+        for model, params in enumerate([pipeline.load(mesh), toy.params(seed=5, width=12)]):
             for sample in range(3):
                 pictures = sampler(params, PROMPTS, jax.random.key(7 + sample))
                 scores = found.scores[model]["brightness"]
@@ -96,9 +96,9 @@ def test_nothing_depends_on_the_batch(batch):
 def test_base_and_tuned_have_the_same_noise():
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"), mesh)
+        pipeline = load_pipeline(ModelConfig(name="tests.toy:pipeline"))
         sampler = Sampler(pipeline, shifted_times(4, 3.0), 4)
-        same = sample_and_score(sampler, [pipeline.params] * 2, PROMPTS, 0, 4, judging())
+        same = sample_and_score(sampler, [pipeline.load(mesh)] * 2, PROMPTS, 0, 4, judging())
     np.testing.assert_array_equal(same.scores[0]["redness"], same.scores[1]["redness"])
     assert not same.pairs
     assert gains_and_losses(same.pairs, "brightness") is None
@@ -224,7 +224,7 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
 def test_guidance_is_told_where_the_model_has_it(has_guidance):
     config = ModelConfig(name="flux", path="org/model", flux=FluxOptions(guidance=4.5))
     params = {"transformer": {"guidance_in" if has_guidance else "time_in": {"kernel": np.zeros(1)}}}
-    described = protocol.describe_model(config, SimpleNamespace(params=params))
+    described = protocol.describe_model(config, SimpleNamespace(abstract_params=params))
     assert described == {"name": "flux", "path": "org/model"} | ({"guidance": 4.5} if has_guidance else {})
 
 
@@ -245,8 +245,8 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     config = TrainConfig(learner=LearnerConfig(ema_decay=0.9))  # as configs/emoji.py has it
     mesh = make_mesh(config.mesh)
-    pipeline = load_pipeline(config.model, mesh)
-    grown = jax.tree.map(lambda x: x * 1.01, pipeline.params)
+    pipeline = load_pipeline(config.model)
+    grown = jax.tree.map(lambda x: x * 1.01, pipeline.load(mesh))
     checkpoints = Checkpoints(path / "checkpoints", keep=2)
     save(checkpoints, first_progress(grown, make_optimizer(OptimConfig()), config)._replace(iteration=3))
     checkpoints.close()

@@ -15,7 +15,7 @@ from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pretraining import corruption, flow, text, towers
 from egrpo_jax.pretraining.loop import Optim, fit, last
 from egrpo_jax.text.emoji import load_tokenizer
-from egrpo_jax.weights.assets import load_asset, load_flow
+from egrpo_jax.weights.assets import load_asset, read_flow
 
 ROOT = Path(__file__).parent.parent
 TINY = Optim(steps=3, batch_size=4)
@@ -207,7 +207,7 @@ def test_flow_job_writes_at_each_evaluation_and_stops_at_the_target(tmp_path):
     common = {"num_heads": 1, "num_single_blocks": 1, "patch": 8, "evaluate_every": 2, "optim": TINY}
     scores = flow.train(flow.FlowJob(**common), path)
     assert scores["steps"] == 3
-    asset = load_flow(path)
+    asset = read_flow(path)
     assert asset.grid == (4, 4)
     assert asset.config.in_channels == 192
     assert flow.train(flow.FlowJob(target_recall=0.0, **common), path)["steps"] == 2

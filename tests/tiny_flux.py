@@ -14,8 +14,8 @@ from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux.files import transformer_shapes
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.pipelines.flux.loading import transformer_shapes
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig

@@ -52,7 +52,8 @@ def pipeline(_):
     """The toy model as a user's own pipeline: 4 tokens of 12 numbers are an image of 4x4."""
     return Pipeline(
         velocity=velocity,
-        params=params(width=12),
+        abstract_params=jax.eval_shape(lambda: params(width=12)),
+        read=lambda _: params(width=12),
         encode=lambda prompts: {
             "text": np.array([[len(p), p.count("a"), p.count("e")] for p in prompts], np.float32) / 9
         },

@@ -51,7 +51,7 @@ def describe_model(config: ModelConfig, pipeline: Pipeline) -> dict[str, Any]:
     described: dict[str, Any] = {"name": config.name, "path": config.path}
     if config.name == "flux":
         described |= {"transformer": config.flux.transformer, "lora_weights": config.flux.lora_weights}
-        if jax.tree.leaves(partition(pipeline.params, "guidance_in")[0]):
+        if jax.tree.leaves(partition(pipeline.abstract_params, "guidance_in")[0]):
             described["guidance"] = config.flux.guidance
     return {key: value for key, value in described.items() if value is not None}
 

@@ -51,6 +51,15 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     )
 
 
+def with_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
+    """`tree` (arrays, or `jax.ShapeDtypeStruct`) as `jax.ShapeDtypeStruct`, each leaf with its layout."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings(mesh, rules, tree),
+    )
+
+
 def lay_out(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     """`tree` on the devices of `mesh`; arrays that lie there already are not copied."""
     return jax.device_put(tree, shardings(mesh, rules, tree))

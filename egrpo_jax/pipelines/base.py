@@ -1,4 +1,4 @@
-"""A flow model with all that turns prompts into images: what every program runs."""
+"""A flow model with all that turns prompts into images, apart from its parameters: what every program runs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 
 import chex
 import jax
+from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.common.trees import partition
+from egrpo_jax.common.trees import partition, path_name
 from egrpo_jax.flow.solver import VelocityFn
-from egrpo_jax.parallel.rules import Rules
+from egrpo_jax.parallel.rules import Rules, with_shardings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Prompts to images.
+    """Prompts to images: functions, shapes and rules. It holds no array, so that all can be compiled before `load`.
 
     Attributes:
       velocity: `(params, latents[B, N, D], time[B], conditioning) -> velocity[B, N, D]`.
-      params: of velocity and decoder, a pytree of arrays.
-      encode: prompts to the conditioning, a pytree with leading axis B.
+      abstract_params: of velocity and decoder, a dict of `jax.ShapeDtypeStruct`, nested at will, such as
+        `jax.eval_shape(init)`.
+      read: gives the parameters. It takes `abstract_params`, each leaf with its sharding, without the top-level entries
+        that are not needed, and returns a tree with these leaves: arrays of NumPy or JAX, new ones at each call. Leaves
+        that it has more are left out. Large ones are best read straight to where they belong.
+      encode: prompts to the conditioning, a pytree with leading axis B; called under the mesh that is set.
       decode: `(params, latents[B, N, D])`, the latents at t = 0, to images `[B, H, W, 3]` in [0, 1]; traceable.
       latents_shape: (N, D).
       rules: how the parameters are sharded; by default they are replicated.
@@ -33,7 +38,8 @@ class Pipeline:
     """
 
     velocity: VelocityFn
-    params: Any
+    abstract_params: dict[str, Any]
+    read: Callable[[dict[str, Any]], Any]
     encode: Callable[[Sequence[str]], Any]
     decode: Callable[[Any, chex.Array], chex.Array]
     latents_shape: tuple[int, int]
@@ -44,8 +50,29 @@ class Pipeline:
     known_prompts: Container[str] | None = None
 
     def __post_init__(self) -> None:
-        if not jax.tree.leaves(partition(self.params, self.trainable)[0]):
+        if not jax.tree.leaves(partition(self.abstract_params, self.trainable)[0]):
             raise UserError(f"trainable {self.trainable!r} is found in no parameter's path, so nothing can be trained")
+
+    def abstract(self, mesh: Mesh) -> dict[str, Any]:
+        """`abstract_params` with the sharding of every leaf on `mesh`: for compiling, and for restoring a run."""
+        return with_shardings(mesh, self.rules, self.abstract_params)
+
+    def load(self, mesh: Mesh) -> dict[str, Any]:
+        """All parameters, on `mesh` as `rules` say.
+
+        Raises:
+          UserError: a file is missing, damaged, or of another model.
+        """
+        return self._load(mesh, self.abstract_params)
+
+    def load_frozen(self, mesh: Mesh) -> dict[str, Any]:
+        """Those that training does not change, None in place of the others: the second part of `partition(params,
+        trainable)`. Top-level entries that are trained whole are not read: a run's are in its checkpoint.
+
+        Raises:
+          UserError: as `load`.
+        """
+        return self._load(mesh, partition(self.abstract_params, self.trainable)[1])
 
     def require(self, prompts: Sequence[str]) -> None:
         """Raises UserError if `encode` does not take one of `prompts`."""
@@ -55,3 +82,25 @@ class Pipeline:
                 f"{len(missing)} of {len(prompts)} prompts have no stored embedding, the first is {missing[0]!r}; "
                 "make them with python -m egrpo_jax.encode"
             )
+
+    def _load(self, mesh: Mesh, wanted: dict[str, Any]) -> dict[str, Any]:
+        parts = {name: part for name, part in self.abstract(mesh).items() if jax.tree.leaves(wanted[name])}
+        read = self.read(parts) if parts else {}
+        found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(read)}
+        del read  # what is laid out, or left out, is not held here
+        return jax.tree_util.tree_map_with_path(
+            lambda path, struct: _laid_out(path_name(path), struct, found), with_shardings(mesh, self.rules, wanted)
+        )
+
+
+def _laid_out(path: str, wanted: jax.ShapeDtypeStruct, found: dict[str, Any]) -> jax.Array:
+    """Takes the array at `path` out of `found` and to where it belongs; one that lies there already is not copied."""
+    array = found.pop(path, None)
+    is_there = array is not None and jax.numpy.shape(array) == wanted.shape
+    if not is_there or jax.numpy.result_type(array) != wanted.dtype:
+        what = "nothing" if array is None else f"{jax.numpy.result_type(array)}{list(jax.numpy.shape(array))}"
+        raise UserError(
+            f"the pipeline's read gives {what} for the parameter {path}, its abstract_params say "
+            f"{wanted.dtype}{list(wanted.shape)}"
+        )
+    return jax.device_put(array, wanted.sharding)

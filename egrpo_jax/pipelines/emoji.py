@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import jax
 
 from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.text.emoji import LENGTH
 from egrpo_jax.text.emoji_encoder import encode_prompts
-from egrpo_jax.weights.assets import load_flow
+from egrpo_jax.weights.assets import load_asset, read_flow
 
 
 def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
     """The model that comes with the package; `path` is another file of its weights."""
-    flow = load_flow(path)
+    flow = read_flow(path)
     model = Flux(flow.config)
     tokens = flow.grid[0] * flow.grid[1]
 
@@ -27,7 +26,8 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
 
     return Pipeline(
         velocity=velocity,
-        params=jax.tree.map(jax.numpy.asarray, flow.params),
+        abstract_params=flow.params,
+        read=lambda _: load_asset(flow.path)[0],
         encode=encode_prompts,
         decode=lambda _, latents: latents_to_pixels(latents, flow.grid, flow.patch),
         latents_shape=(tokens, flow.config.in_channels),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import field
-
-from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.plugins import load_attribute
-from egrpo_jax.parallel.rules import lay_out
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.emoji import emoji_pipeline
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions, flux_pipeline
+from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.spec import flux_pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +32,19 @@ class ModelConfig:
     flux: FluxOptions = field(default_factory=FluxOptions)
 
 
-def load_pipeline(config: ModelConfig, mesh: Mesh) -> Pipeline:
-    """The pipeline that `config` names, its parameters on `mesh` as its rules say; large ones are read straight there.
+def load_pipeline(config: ModelConfig) -> Pipeline:
+    """The pipeline that `config` names; its weights are not read before its `load`.
 
     Raises:
       UserError: it, or a file it needs, is not there.
     """
-    pipeline = _load(config, mesh)
-    return dataclasses.replace(pipeline, params=lay_out(mesh, pipeline.rules, pipeline.params))
-
-
-def _load(config: ModelConfig, mesh: Mesh) -> Pipeline:
     if config.name == "emoji":
         return emoji_pipeline(config.path)
     if config.name == "flux":
         if config.path is None:
             raise ConfigError("model.path", None, "the folder of a FLUX.1 pipeline, or its name on the Hub, org/name")
-        return flux_pipeline(config.path, config.flux, mesh)
+        with _under("model.flux."):
+            return flux_pipeline(config.path, config.flux)
     if ":" not in config.name:
         raise ConfigError("model.name", config.name, "'emoji', 'flux', or module:function of your own")
     pipeline = load_attribute(config.name, "config.model.name")(config)
@@ -57,3 +53,12 @@ def _load(config: ModelConfig, mesh: Mesh) -> Pipeline:
             "model.name", config.name, f"a function that returns a Pipeline, not {type(pipeline).__name__}"
         )
     return pipeline
+
+
+@contextlib.contextmanager
+def _under(section: str) -> Iterator[None]:
+    """Puts `section` before the key of a ConfigError: who reads a section does not know where it stands."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(section + error.key, error.found, error.expected) from None

@@ -55,9 +55,9 @@ def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
     plan = make_plan(config.plan)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     rewards = {name: load_reward(name, config.scorers, mesh) for name in config.rewards.train + config.rewards.heldout}
-    pipeline = load_pipeline(config.model, mesh)
+    pipeline = load_pipeline(config.model)
     pipeline.require([*prompts, *evaluation_prompts])
-    trained, frozen = partition(pipeline.params, pipeline.trainable)
+    trained, frozen = partition(pipeline.load(mesh), pipeline.trainable)
     optimizer = make_optimizer(config.optim)
     return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, optimizer, frozen), trained
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import optax
+from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
@@ -53,8 +54,18 @@ def restore(checkpoints: Checkpoints, start: Progress) -> Progress:
     return Progress(tree["state"], jax.random.wrap_key_data(tree["key"]), iteration, meta["position"])
 
 
-def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig) -> tuple[Any, int]:
+def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig, mesh: Mesh) -> tuple[Any, int]:
     """All parameters of `pipeline`, those that the run in `workdir` trained being the run's, and its iteration.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another model or config.
+    """
+    trained, iteration = restore_trained(workdir, pipeline, config, mesh)
+    return combine(trained, pipeline.load_frozen(mesh)), iteration
+
+
+def restore_trained(workdir: Path, pipeline: Pipeline, config: TrainConfig, mesh: Mesh) -> tuple[Any, int]:
+    """The parameters that the run in `workdir` trained, None in place of the others, and its iteration.
 
     Raises:
       UserError: there is no checkpoint, or it is of another model or config.
@@ -62,19 +73,15 @@ def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig) -> tu
     directory = workdir / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"found no checkpoints in {workdir}, expected the workdir of a training run")
-    trained, frozen = partition(pipeline.params, pipeline.trainable)
+    trained, _ = partition(pipeline.abstract(mesh), pipeline.trainable)
     kept = "params" if config.learner.ema_decay is None else "ema"
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep)
     try:
         # Without the optimizer's moments, which may be twice as large as all that is asked for.
-        restored = checkpoints.restore_latest({"state": {kept: jax.tree.map(_abstract, trained)}}, partial=True)
+        restored = checkpoints.restore_latest({"state": {kept: trained}}, partial=True)
     finally:
         checkpoints.close()
     if restored is None:
         raise UserError(f"found no checkpoint in {directory}; the run has not saved one yet")
     iteration, tree, _ = restored
-    return combine(tree["state"][kept], frozen), iteration
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return tree["state"][kept], iteration

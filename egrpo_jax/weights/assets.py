@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -57,10 +58,23 @@ def load_asset(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
     Raises:
       UserError: the file is missing or damaged; names it and says what to do.
     """
+    return _read(path, lambda file, key: file.get_tensor(key).astype(np.float32))
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
+    """What `load_asset` would give, but `jax.ShapeDtypeStruct` in place of arrays: only the header is read.
+
+    Raises:
+      UserError: as `load_asset`.
+    """
+    return _read(path, lambda file, key: jax.ShapeDtypeStruct(file.get_slice(key).get_shape(), np.float32))
+
+
+def _read(path: str | os.PathLike[str], leaf: Callable[[Any, str], Any]) -> tuple[Params, dict[str, Any]]:
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
-            flat = {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            flat = {key: leaf(file, key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = {key: json.loads(value) for key, value in header.items()}
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {_REMEDY}") from None
@@ -90,16 +104,23 @@ def load_tower(name: str, folder: str | os.PathLike[str] | None = None) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class FlowAsset:
-    """The embedded flow model: `params` of `Flux(config)` over `grid` patches of `patch` pixels."""
+    """The embedded flow model in the file `path`: `params`, as `jax.ShapeDtypeStruct`, of `Flux(config)` over `grid`
+    patches of `patch` pixels."""
 
+    path: Path
     config: FluxConfig
     params: Params
     patch: int
     grid: tuple[int, int]
 
 
-def load_flow(path: str | os.PathLike[str] | None = None) -> FlowAsset:
-    """The embedded flow model, or the one that `pretrain` wrote to `path`."""
-    params, metadata = load_asset(asset_path("flow.safetensors") if path is None else path)
+def read_flow(path: str | os.PathLike[str] | None = None) -> FlowAsset:
+    """Describes the embedded flow model, or the one that `pretrain` wrote to `path`; `load_asset` gives its weights.
+
+    Raises:
+      UserError: as `load_asset`.
+    """
+    file = asset_path("flow.safetensors") if path is None else Path(path)
+    params, metadata = read_header(file)
     config = dict(metadata["config"], axes_dims=tuple(metadata["config"]["axes_dims"]))
-    return FlowAsset(FluxConfig(**config), params, metadata["patch"], tuple(metadata["grid"]))
+    return FlowAsset(file, FluxConfig(**config), params, metadata["patch"], tuple(metadata["grid"]))

@@ -24,8 +24,8 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
 
 def sample(batch, prompts=PROMPTS):
     pipeline = toy.pipeline(None)
-    with jax.set_mesh(make_mesh(MeshConfig())):
-        return Sampler(pipeline, shifted_times(4, 3.0), batch)(pipeline.params, prompts, jax.random.key(0))
+    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
+        return Sampler(pipeline, shifted_times(4, 3.0), batch)(pipeline.load(mesh), prompts, jax.random.key(0))
 
 
 def test_samples_do_not_depend_on_the_batch():

@@ -16,11 +16,15 @@ from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.weights.lora import save_lora
+from egrpo_jax.weights.published.flux import flux_layout
 from tests import tiny_flux
 from tests.oracle.pipeline import GOLDEN, PROMPTS, STEPS
+from tests.pipelines.test_base import Arrays, num_bytes
 
+MESH = make_mesh(MeshConfig())
 OPTIONS = FluxOptions(height=32, width=32, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32")
 
 
@@ -37,15 +41,13 @@ def broken(base, tmp_path):
 
 def load(folder, **changes):
     options = FluxOptions(**{**vars(OPTIONS), **changes})
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        return load_pipeline(ModelConfig("flux", str(folder), options), mesh)
+    return load_pipeline(ModelConfig("flux", str(folder), options))
 
 
 def sample(pipeline):
-    with jax.set_mesh(make_mesh(MeshConfig())):
+    with jax.set_mesh(MESH):
         times = shifted_times(STEPS, pipeline.sampling_shift)
-        return Sampler(pipeline, times, len(PROMPTS))(pipeline.params, PROMPTS, jax.random.key(0))
+        return Sampler(pipeline, times, len(PROMPTS))(pipeline.load(MESH), PROMPTS, jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", ["dev", "schnell"])
@@ -60,10 +62,11 @@ def test_images_are_those_of_diffusers(tmp_path, name):
 
 def test_what_is_trained_and_how_it_is_stored(base):
     full = load(base, dtype="bfloat16")
-    assert full.params["flow"]["final"]["kernel"].dtype == np.float32
-    assert full.params["vae"].keys() == {"decoder"}
+    params = full.load(MESH)
+    assert params["flow"]["final"]["kernel"].dtype == np.float32
+    assert params["vae"].keys() == {"decoder"}
     adapters = load(base, dtype="bfloat16", lora=LoraConfig(rank=2))
-    assert adapters.params["flow"]["final"]["kernel"].dtype == jax.numpy.bfloat16
+    assert adapters.load(MESH)["flow"]["final"]["kernel"].dtype == jax.numpy.bfloat16
     assert (full.trainable, adapters.trainable) == ("^flow/", "^lora/")
 
 
@@ -74,11 +77,13 @@ def test_bfloat16_stays_near_float32(base):
 
 def test_time_can_be_cut_to_thousandths(base):
     exact, cut = load(base), load(base, truncate_time=True)
-    latents, text = np.ones((1, 4, 16), np.float32), exact.encode(["a cat"])
+    params, latents = exact.load(MESH), np.ones((1, 4, 16), np.float32)
+    with jax.set_mesh(MESH):
+        text = exact.encode(["a cat"])
 
     def at(pipeline):
         velocity = jax.jit(pipeline.velocity)
-        return lambda time: np.asarray(velocity(pipeline.params, latents, np.float32([time]), text))
+        return lambda time: np.asarray(velocity(params, latents, np.float32([time]), text))
 
     exactly, roughly = at(exact), at(cut)
     np.testing.assert_array_equal(roughly(0.7417), roughly(0.7411))
@@ -156,14 +161,14 @@ def test_damage_is_one_line(broken, name):
     damage, message = DAMAGE[name]
     damage(broken)
     with pytest.raises(UserError, match=message) as error:
-        load(broken)
+        load(broken).load(MESH)
     assert "\n" not in str(error.value)
     assert str(broken) in str(error.value) or name == "vae of another kind"
 
 
 def test_damaged_text_encoders_come_out_before_anything_is_encoded(broken):
     (broken / "tokenizer_2" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer_2/tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"tokenizer_2/tokenizer\.json is missing"), jax.set_mesh(MESH):
         load(broken).encode(["a cat"])
 
 
@@ -173,7 +178,7 @@ def test_damaged_text_encoders_come_out_before_anything_is_encoded(broken):
         ({"height": 40}, r"config\.height: found 40, expected a positive multiple of 16"),
         ({"decode_tile": 6}, r"config\.decode_tile: found 6"),
         ({"text_tokens": 0}, r"config\.text_tokens: found 0"),
-        ({"lora_weights": "x"}, r"config\.lora_weights: found 'x', expected model\.flux\.lora"),
+        ({"lora_weights": "x"}, r"config\.lora_weights: found 'x', expected lora to be set too"),
     ],
 )
 def test_wrong_options(changes, message):
@@ -188,9 +193,8 @@ def test_things_that_are_not_there(base):
         load("nowhere")
     with pytest.raises(UserError, match=r"settings\.json: .*expected a folder of embeddings"):
         load(base, embeddings="nowhere")
-    mesh = make_mesh(MeshConfig())
     with pytest.raises(ConfigError, match=r"config\.model\.path: found None"):
-        load_pipeline(ModelConfig("flux"), mesh)
+        load_pipeline(ModelConfig("flux"))
 
 
 @pytest.mark.parametrize(
@@ -213,3 +217,53 @@ def test_the_configs_of_flux(config, rewards):
 def test_unknown_rewards_of_the_paper():
     with pytest.raises(ValueError, match=r"has the rewards \['clip', 'hps'\], found 'hps,x'"):
         flux_egrpo.get_config("hps,x")
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_parameters_are_held_once_and_as_promised(base, lora):
+    pipeline = load(base, dtype="bfloat16", lora=lora)
+    with Arrays() as arrays:
+        params = pipeline.load(MESH)
+    assert arrays.num_bytes == num_bytes(pipeline.abstract_params)
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    assert described == pipeline.abstract(MESH)
+
+
+def test_a_description_needs_no_weights(broken):
+    for file in broken.rglob("*.safetensors"):
+        file.unlink()
+    with Arrays() as arrays:
+        pipeline = load(broken, lora=LoraConfig(rank=2))
+    assert arrays.num_bytes == 0
+    assert pipeline.abstract_params.keys() == {"flow", "vae", "lora"}
+
+
+def test_what_a_run_has_trained_is_not_read_again(broken):
+    (broken / WEIGHTS).unlink()
+    frozen = load(broken).load_frozen(MESH)
+    assert jax.tree.leaves(frozen["flow"]) == []
+    assert jax.tree.leaves(frozen["vae"])
+
+
+def test_fresh_adapters_are_not_made_for_a_run_that_has_its_own(base, monkeypatch):
+    pipeline = load(base, lora=LoraConfig(rank=2))
+    monkeypatch.setattr("egrpo_jax.pipelines.flux.loading.init_lora", None)
+    frozen = pipeline.load_frozen(MESH)
+    assert jax.tree.leaves(frozen["lora"]) == []
+    assert jax.tree.leaves(frozen["flow"])
+
+
+def test_adapters_of_a_file_have_its_rank(base, tmp_path):
+    options = {"lora": LoraConfig(rank=2, targets=("image_out$",))}
+    params = load(base, **options).load(MESH)
+    ones = jax.tree.map(jax.numpy.ones_like, params["lora"])
+    file = tmp_path / "adapters.safetensors"
+    save_lora(file, ones, options["lora"].scale, flux_layout(tiny_flux.flux_config(), "diffusers"))
+    pipeline = load(base, lora=LoraConfig(rank=64, alpha=128.0), lora_weights=str(file))
+    assert jax.tree.structure(pipeline.abstract_params["lora"]) == jax.tree.structure(ones)
+    np.testing.assert_allclose(pipeline.load(MESH)["lora"]["double_blocks"]["image_out"]["a"], 1)
+
+
+def test_text_encoders_need_a_mesh(base):
+    with pytest.raises(ValueError, match="no mesh to load text encoders on"):
+        load(base).encode(["a cat"])

@@ -4,7 +4,7 @@ import pytest
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
-from egrpo_jax.weights.assets import asset_path, load_asset, load_flow, load_text_encoder, load_tower, save_asset
+from egrpo_jax.weights.assets import asset_path, load_asset, load_text_encoder, load_tower, read_flow, save_asset
 
 TREE = {"block": {"kernel": np.linspace(-2, 2, 12, dtype=np.float32).reshape(3, 4), "bias": np.float32([1e-3])}}
 
@@ -52,7 +52,7 @@ def test_embedded_models_load():
         tower, params = load_tower(name)
         assert tower.config.kind == kind
         assert params["text_head"]["kernel"].shape == (384, tower.config.embed_dim)
-    flow = load_flow()
+    flow = read_flow()
     assert isinstance(flow.config, FluxConfig)
     assert flow.grid == (32 // flow.patch, 32 // flow.patch)
     assert flow.params["final"]["kernel"].shape == (flow.config.width, flow.patch**2 * 3)

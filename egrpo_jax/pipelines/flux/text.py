@@ -9,9 +9,8 @@ from typing import NamedTuple
 import chex
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from egrpo_jax.pipelines.flux.files import TextModels, load_text_models
+from egrpo_jax.pipelines.flux.loading import TextModels, load_text_models
 
 
 class FluxText(NamedTuple):
@@ -22,10 +21,10 @@ class FluxText(NamedTuple):
 
 
 class FluxTextEncoder:
-    """Encodes prompts by the text encoders of a pipeline's folder, which are loaded at the first call."""
+    """Encodes prompts by the text encoders of a pipeline's folder, loaded at the first call on the mesh that is set."""
 
-    def __init__(self, folder: Path, text_tokens: int, dtype: str, mesh: Mesh):
-        self._load = lambda: load_text_models(folder, text_tokens, dtype, mesh)
+    def __init__(self, folder: Path, text_tokens: int, dtype: str):
+        self._load = lambda mesh: load_text_models(folder, text_tokens, dtype, mesh)
         self._models: TextModels | None = None
 
     @property
@@ -47,7 +46,10 @@ class FluxTextEncoder:
 
     def _loaded(self) -> TextModels:
         if self._models is None:
-            models = self._models = self._load()
+            mesh = jax.sharding.get_mesh()
+            if mesh.empty:
+                raise ValueError("no mesh to load text encoders on: call this within jax.set_mesh(mesh)")
+            models = self._models = self._load(mesh)
             self._t5 = jax.jit(lambda params, ids: models.t5.apply({"params": params}, ids))
             self._clip = jax.jit(lambda params, ids: models.clip.apply({"params": params}, ids))
         return self._models

@@ -1,7 +1,9 @@
-"""The parts of a published FLUX.1 folder, each read into parameters that lie on a mesh."""
+"""The parts of a published FLUX.1 folder: sizes and shapes, and the parameters, read to where they lie on a mesh."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +16,17 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.grid import resolution_shift
 from egrpo_jax.models.clip import ClipText
 from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.models.lora import COLLECTION, LoraConfig, init_lora
 from egrpo_jax.models.t5 import T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
-from egrpo_jax.parallel.rules import FLUX_RULES, shardings
+from egrpo_jax.parallel.rules import FLUX_RULES, with_shardings
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_t5_tokenizer
 from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.files import open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.load import load_params
+from egrpo_jax.weights.lora import load_lora
 from egrpo_jax.weights.published import clip, flux, t5, vae
 
 Params = dict[str, Any]
@@ -62,23 +67,66 @@ def pipeline_folder(path: str, text: bool) -> Path:
     return resolve(path, ["model_index.json", "LICENSE*", *(f"{part}/*" for part in parts)])
 
 
-def load_transformer(folder: Path, other: str | None, dtype: str, mesh: Mesh) -> tuple[FluxConfig, Params]:
-    """The transformer in a pipeline's `folder`, or with the weights of the file or folder `other`."""
+def abstract_params(options: FluxOptions, config: FluxConfig, vae_config: VaeConfig) -> Params:
+    """The transformer `flow`, the decoder in `vae` and, if they are trained, adapters `lora`, in the types they have.
+
+    Raises:
+      UserError: the adapters to start from are not there, or of another model.
+    """
+    params = {
+        "flow": _cast(transformer_shapes(config), options.dtype if options.lora else options.param_dtype),
+        "vae": _cast(decoder_shapes(vae_config), options.decode_dtype),
+    }
+    if options.lora is not None:
+        params[COLLECTION] = jax.eval_shape(_adapters(options, options.lora, config))
+    return params
+
+
+def read_params(
+    folder: Path, options: FluxOptions, config: FluxConfig, vae_config: VaeConfig, wanted: Params
+) -> Params:
+    """The arrays of those parts that are in `wanted`, a part of `abstract_params` that says where each leaf lies."""
+    readers: dict[str, Callable[[Params], Params]] = {
+        "flow": lambda part: load_transformer(folder / "transformer", options.transformer, config, part),
+        "vae": lambda part: load_decoder(folder / "vae", vae_config, part),
+        COLLECTION: lambda part: load_adapters(options, config, part),
+    }
+    return {name: readers[name](part) for name, part in wanted.items()}
+
+
+def load_transformer(folder: Path, other: str | None, config: FluxConfig, template: Params) -> Params:
+    """The transformer in a pipeline's `folder`, or the weights of the file or folder `other`."""
     source = folder if other is None else Path(other)
-    config = read_transformer_config(folder, other)
-    template = _template(transformer_shapes(config), "flow", dtype, mesh)
     if (source / ORBAX).is_dir():
-        return config, _restore(source / ORBAX, template)
+        return _restore(source / ORBAX, template)
     files = open_tensors(source)
     fmt: flux.Format = "bfl" if any(name.startswith("double_blocks.") for name in files) else "diffusers"
-    return config, load_params(files, flux.flux_layout(config, fmt), template)
+    return load_params(files, flux.flux_layout(config, fmt), template)
+
+
+def load_adapters(options: FluxOptions, config: FluxConfig, template: Params) -> Params:
+    """Adapters from their file, in host memory, or fresh ones, made where they lie."""
+    assert options.lora is not None
+    make = _adapters(options, options.lora, config)
+    if options.lora_weights is not None:
+        return make()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
+
+
+def _adapters(options: FluxOptions, lora: LoraConfig, config: FluxConfig) -> Callable[[], Params]:
+    flow = transformer_shapes(config)
+    if options.lora_weights is not None:
+        return functools.partial(
+            load_lora, options.lora_weights, lora.scale, flux.flux_layout(config, "diffusers"), flow
+        )
+    return lambda: init_lora(jax.random.key(0), flow, lora)  # a fixed key: B is zero, so every start is the base model
 
 
 def read_transformer_config(folder: Path, other: str | None) -> FluxConfig:
     """The sizes of the transformer in `folder`, or of `other`: a folder has its own, a file those of `folder`."""
     source = folder if other is None else Path(other)
     if not source.exists() and other is not None:
-        raise ConfigError("model.flux.transformer", other, "an existing file or folder of weights")
+        raise ConfigError("transformer", other, "an existing file or folder of weights")
     place = source if other is None or source.is_dir() else folder
     return flux.config_from_diffusers(read_config(place, flux.CLASS_NAME, flux.KNOWN_KEYS))
 
@@ -95,16 +143,22 @@ def transformer_shapes(config: FluxConfig) -> Params:
     return jax.eval_shape(init)["params"]
 
 
-def load_decoder(folder: Path, dtype: str, mesh: Mesh) -> tuple[VaeConfig, Params]:
-    """The VAE in `folder`: its sizes, and the decoder's parameters."""
-    config = vae.config_from_diffusers(read_config(folder, vae.CLASS_NAME, vae.KNOWN_KEYS))
+def read_decoder_config(folder: Path) -> VaeConfig:
+    """The sizes of the VAE in `folder`."""
+    return vae.config_from_diffusers(read_config(folder, vae.CLASS_NAME, vae.KNOWN_KEYS))
+
+
+def decoder_shapes(config: VaeConfig) -> Params:
+    """The parameter tree of a VAE without its encoder, as shapes."""
     latents = jnp.zeros((1, 2, 2, config.latent_channels))
-    shapes = jax.eval_shape(lambda: Vae(config).init(jax.random.key(0), latents, method="decode"))["params"]
+    return jax.eval_shape(lambda: Vae(config).init(jax.random.key(0), latents, method="decode"))["params"]
+
+
+def load_decoder(folder: Path, config: VaeConfig, template: Params) -> Params:
+    """The decoder of the VAE in `folder`."""
     files = open_tensors(folder)
     fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
-    layout, template = vae.vae_layout(config, fmt, ["decoder"]), _template(shapes, "vae", dtype, mesh)
-    params = load_params(files, layout, template, ignore=(r"encoder\..*",))
-    return config, params["decoder"]
+    return load_params(files, vae.vae_layout(config, fmt, ["decoder"]), template, ignore=(r"encoder\..*",))
 
 
 def published_shift(folder: Path, image_tokens: int) -> float:
@@ -152,11 +206,11 @@ def _token_model_shapes(model: ClipText | T5Encoder) -> Params:
 
 def _template(shapes: Params, name: str, dtype: str, mesh: Mesh) -> Params:
     """`shapes` with the dtype wanted and the layout that the rules give a model called `name`."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=place),
-        shapes,
-        shardings(mesh, FLUX_RULES, {name: shapes})[name],
-    )
+    return with_shardings(mesh, FLUX_RULES, {name: _cast(shapes, dtype)})[name]
+
+
+def _cast(shapes: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), shapes)
 
 
 def _restore(folder: Path, template: Params) -> Params:

@@ -1,0 +1,64 @@
+"""What can be chosen about FLUX.1."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.models.flux import Remat
+from egrpo_jax.models.lora import LoraConfig
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxOptions:
+    """The config section `model.flux`.
+
+    Attributes:
+      height, width: of the images, in pixels; multiples of 16.
+      guidance: the distilled guidance scale, an input of FLUX.1-dev; FLUX.1-schnell has none.
+      text_tokens: length of the T5 sequence; padding is attended to, so that it must be what the model was trained
+        with: 512 (dev) or 256 (schnell).
+      transformer: other weights for the transformer: a diffusers folder, a single file in the BFL layout, or what
+        `convert --to orbax` wrote.
+      embeddings: a folder that `encode` made; then no text encoder is loaded.
+      lora: adapters to train; None trains all weights of the transformer.
+      lora_weights: start from the adapters in this file of diffusers instead of fresh ones.
+      dtype: what the models compute in.
+      param_dtype: what the trained weights are stored in; weights that are not trained are stored in `dtype`.
+      decode_dtype: what the VAE decoder computes and is stored in.
+      decode_batch: images decoded at once on a device.
+      decode_tile: decode in overlapping tiles of so many rows and columns of latents, for large images.
+      remat: what the backward pass computes again instead of keeping it.
+      truncate_time: cut the model's time input to thousandths, as the PyTorch trainers do.
+    """
+
+    height: int = 720
+    width: int = 720
+    guidance: float = 3.5
+    text_tokens: int = 512
+    transformer: str | None = None
+    embeddings: str | None = None
+    lora: LoraConfig | None = None
+    lora_weights: str | None = None
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    decode_dtype: Dtype = "float32"
+    decode_batch: int = 4
+    decode_tile: int | None = None
+    remat: Remat = "blocks"
+    truncate_time: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("height", "width"):
+            if getattr(self, key) < 16 or getattr(self, key) % 16:
+                raise ConfigError(key, getattr(self, key), "a positive multiple of 16")
+        for key in ("text_tokens", "decode_batch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "at least 1")
+        if self.lora_weights is not None and self.lora is None:
+            raise ConfigError("lora_weights", self.lora_weights, "lora to be set too, with rank and alpha")
+        if self.decode_tile is not None and (self.decode_tile < 4 or self.decode_tile % 4):
+            raise ConfigError("decode_tile", self.decode_tile, "a positive multiple of 4, or None")

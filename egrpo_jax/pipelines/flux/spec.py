@@ -1,0 +1,104 @@
+"""FLUX.1 as it is published, a folder with transformer, VAE, text encoders and tokenizers, described but not read."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+
+from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.data.embeddings import EmbeddingStore
+from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
+from egrpo_jax.models.lora import COLLECTION, apply_lora
+from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
+from egrpo_jax.parallel.rules import FLUX_RULES
+from egrpo_jax.pipelines.base import Pipeline
+from egrpo_jax.pipelines.flux.loading import (
+    abstract_params,
+    pipeline_folder,
+    published_shift,
+    read_decoder_config,
+    read_params,
+    read_transformer_config,
+)
+from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.text import FluxText, FluxTextEncoder
+
+
+def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
+    """The FLUX.1 pipeline in the folder `path`, or with that name on the Hub.
+
+    The parameters are {"flow": transformer, "vae": {"decoder": ...}}, and "lora" if adapters are trained. Of the
+    weights nothing is read but adapters to start from, whose ranks are in their file.
+
+    Raises:
+      UserError: a config file is missing, damaged, or of another model.
+      ConfigError: an option does not fit the folder.
+    """
+    folder = pipeline_folder(path, text=options.embeddings is None)
+    config = read_transformer_config(folder / "transformer", options.transformer)
+    vae_config = read_decoder_config(folder / "vae")
+    grid = token_grid(options, vae_config)
+    store = None if options.embeddings is None else _open_store(options, config)
+    return Pipeline(
+        velocity=functools.partial(
+            _velocity, Flux(config, jnp.dtype(options.dtype), remat=options.remat), options, grid
+        ),
+        abstract_params=abstract_params(options, config, vae_config),
+        read=functools.partial(read_params, folder, options, config, vae_config),
+        encode=FluxTextEncoder(folder, options.text_tokens, options.dtype) if store is None else _stored(store),
+        decode=functools.partial(_decode, Vae(vae_config, jnp.dtype(options.decode_dtype)), options, grid),
+        latents_shape=(grid[0] * grid[1], config.in_channels),
+        rules=FLUX_RULES,
+        trainable=f"^{COLLECTION}/" if options.lora else "^flow/",
+        forward_flops=forward_flops(config, grid[0] * grid[1], options.text_tokens),
+        sampling_shift=published_shift(folder / "scheduler", grid[0] * grid[1]),
+        known_prompts=store,
+    )
+
+
+def token_grid(options: FluxOptions, vae: VaeConfig) -> tuple[int, int]:
+    """Rows and columns of image tokens."""
+    return options.height // (2 * vae.stride), options.width // (2 * vae.stride)
+
+
+def _velocity(
+    model: Flux,
+    options: FluxOptions,
+    grid: tuple[int, int],
+    params: Any,
+    latents: chex.Array,
+    time: chex.Array,
+    conditioning: FluxText,
+) -> chex.Array:
+    if options.truncate_time:
+        time = jnp.floor(time * 1000) / 1000
+    guidance = jnp.full(time.shape, options.guidance) if model.config.guidance_embed else None
+    inputs = (latents, time, conditioning.text, conditioning.pooled, guidance)
+    if options.lora is None:
+        return model.apply({"params": params["flow"]}, *inputs, grid=grid)
+    variables = {"params": params["flow"], COLLECTION: params[COLLECTION]}
+    return apply_lora(model, variables, *inputs, grid=grid, scale=options.lora.scale)
+
+
+def _decode(vae: Vae, options: FluxOptions, grid: tuple[int, int], params: Any, latents: chex.Array) -> chex.Array:
+    decode = lambda z: vae.apply({"params": params["vae"]}, z, method="decode")
+    if options.decode_tile is not None:
+        decode = tiled(decode, options.decode_tile)
+    return latents_to_images(micro_batched(decode, options.decode_batch), latents, grid, vae.config)
+
+
+def _open_store(options: FluxOptions, config: FluxConfig) -> EmbeddingStore:
+    assert options.embeddings is not None
+    store = EmbeddingStore(options.embeddings)
+    wanted = {"text_tokens": options.text_tokens, "text_dim": config.text_dim, "pooled_dim": config.pooled_dim}
+    found = {key: store.settings.get(key) for key in wanted}
+    if found != wanted:
+        raise ConfigError("embeddings", options.embeddings, f"a folder made with {wanted}; that was made with {found}")
+    return store
+
+
+def _stored(store: EmbeddingStore) -> Any:
+    return lambda prompts: FluxText(**store.lookup(prompts))
