@@ -22,6 +22,7 @@ from egrpo_jax.cli.sampling import SEED, WORKDIR, chosen_sampling
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.images import to_uint8
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.figures import grids as images
 from egrpo_jax.parallel.mesh import make_mesh
@@ -54,7 +55,7 @@ def write(out: Path, pictures: np.ndarray, prompts: list[str], settings: dict[st
         return
     samples = [{"prompt": prompt, "file": f"{place:05d}.png"} for place, prompt in enumerate(prompts)]
     for sample, picture in zip(samples, pictures, strict=True):
-        images.save_png(Image.fromarray(images.to_uint8(picture)), out / sample["file"])
+        images.save_png(Image.fromarray(to_uint8(picture)), out / sample["file"])
     images.save_png(sheet, out / "grid.png")
     atomic_write(out / "samples.json", json.dumps(settings | {"samples": samples}, indent=2, ensure_ascii=False) + "\n")
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.common.images import to_uint8
+from egrpo_jax.common.images import to_display
 from egrpo_jax.evaluation.statistics import paired_interval
-from egrpo_jax.rewards import Reward
+from egrpo_jax.rewards import Reward, with_nan
 
 
 class Evaluation(NamedTuple):
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 def score(rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Every reward's scores `[P]` of the images."""
-    return {name: np.asarray(reward(images, prompts), np.float64) for name, reward in rewards.items()}
+    return {name: np.asarray(with_nan(reward(images, prompts)), np.float64) for name, reward in rewards.items()}
 
 
 def save_evaluation(workdir: Path, evaluation: Evaluation) -> None:
@@ -71,7 +71,7 @@ def make_evaluation(
 ) -> Evaluation:
     """Scores `images` and keeps at most `kept` of them, evenly spread."""
     places = even_places(len(prompts), kept)
-    return Evaluation(iteration, score(rewards, images, prompts), to_uint8(images[places]))
+    return Evaluation(iteration, score(rewards, images, prompts), to_display(images[places]))
 
 
 def mean_score(scores: np.ndarray) -> float:

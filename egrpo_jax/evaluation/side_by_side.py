@@ -18,7 +18,7 @@ from egrpo_jax.common.images import to_uint8
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.evaluation.statistics import Comparison, compare, diversity
 from egrpo_jax.figures.grids import before_after, shrink, stack
-from egrpo_jax.rewards import Pending, Reward, start
+from egrpo_jax.rewards import Pending, Reward, start, with_nan
 
 Features = Callable[[Any], Any]
 """Images `[B, H, W, 3]` in [0, 1] to vectors of length 1, `[B, D]`."""
@@ -129,7 +129,7 @@ def _sample(
 def _scores(judging: Judging, batch: _Batch, count: int) -> Scores:
     scores = {}
     for name in judging.rewards:
-        columns = [np.asarray(pending[name](), np.float64) for pending in batch.pending]
+        columns = [np.asarray(with_nan(pending[name]()), np.float64) for pending in batch.pending]
         if columns[0].shape != (count,):
             raise UserError(
                 f"the reward {name!r} gave scores {columns[0].shape} for {count} images, expected [{count}]"

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from egrpo_jax.common.atomic import atomic_write
-from egrpo_jax.common.images import to_uint8
+from egrpo_jax.common.images import to_display
 
 _GAP = 8
 _FONT_SIZE = 15
@@ -95,12 +95,15 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def _tiles(images: ArrayLike, scale: int | None) -> list[Image.Image]:
-    pixels = to_uint8(images)
+    pixels = np.asarray(images)
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
         raise ValueError(f"expected images [B, H, W, 3], found {pixels.shape}")
     height, width = pixels.shape[1:3]
     scale = scale or math.ceil(_SMALL_SIDE / max(height, width))
-    return [Image.fromarray(tile).resize((width * scale, height * scale), Image.Resampling.NEAREST) for tile in pixels]
+    return [
+        Image.fromarray(tile).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        for tile in to_display(pixels)
+    ]
 
 
 def _captioned(tiles: list[Image.Image], captions: Sequence[str] | None) -> list[tuple[Image.Image, str]]:

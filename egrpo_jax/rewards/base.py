@@ -1,23 +1,66 @@
-"""What a reward is."""
+"""Rewards as they are written, and the scores that they give."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import chex
+import numpy as np
+from numpy.typing import ArrayLike
 
-Reward = Callable[[chex.Array, Sequence[str]], chex.Array]
-"""`(images[B, H, W, 3] in [0, 1], prompts) -> scores[B]`, float32, higher is better, always the same for the same; nan
-where no score came. One that has a method `start` with these arguments works in the background: see `start`."""
+T = TypeVar("T")
 
-Pending = Callable[[], chex.Array]
-"""Waits for the scores `[B]` of images handed in before."""
+Reward = Callable[[chex.Array, Sequence[str]], Any]
+"""`(images[B, H, W, 3] in [0, 1], prompts) -> B numbers`, higher is better, always the same for the same; nan, infinite
+or, in a list, None where no score came. It is called with finite images alone. It may have
+
+- `start`, with these arguments, which scores in the background: see `start`;
+- `require(prompts, (height, width))`, which raises UserError for prompts or a size that it cannot score;
+- `encode_images(images) -> [B, D]`, vectors of length 1, by which images are compared."""
+
+Pending = Callable[[], T]
+"""Waits for the scores of images handed in before."""
 
 
-def start(reward: Reward, images: chex.Array, prompts: Sequence[str]) -> Pending:
+class Scores(NamedTuple):
+    """Scores of B images, and which of them came.
+
+    Attributes:
+      values: `[B]`, float32 and finite; 0 where none came.
+      came: `[B]`, bool.
+    """
+
+    values: np.ndarray
+    came: np.ndarray
+
+    @classmethod
+    def of(cls, numbers: ArrayLike) -> Scores:
+        """Scores from `numbers [B]`; one that is not finite in float32 did not come."""
+        with np.errstate(over="ignore"):
+            values = np.asarray(numbers).astype(np.float32)
+        came = np.isfinite(values)
+        return cls(np.where(came, values, 0), came)
+
+    def with_nan(self) -> np.ndarray:
+        """The values `[B]`, nan where none came."""
+        return np.where(self.came, self.values, np.float32(math.nan))
+
+    def mean(self) -> float:
+        """The mean of the scores that came; nan if none did."""
+        return float(self.values[self.came].mean()) if self.came.any() else math.nan
+
+
+def start(reward: Reward, images: chex.Array, prompts: Sequence[str]) -> Pending[Any]:
     """Hands `images` in for scoring; a reward on another machine scores them while this one goes on."""
     in_background = getattr(reward, "start", None)
     if in_background is not None:
         return in_background(images, prompts)
     scores = reward(images, prompts)
     return lambda: scores
+
+
+def with_nan(scores: Any) -> chex.Array:
+    """The scores `[B]` of a reward, checked or not, nan where none came."""
+    return scores.with_nan() if isinstance(scores, Scores) else scores

@@ -50,7 +50,7 @@ AESTHETIC_HEAD = ((0, 1024), (2, 128), (4, 64), (6, 16), (7, 1))
 
 
 class ImageFeatures:
-    """Unit vectors of images under a CLIP, `[B, D]`, of `images [B, H, W, 3]` in [0, 1]; nan where an image is nan."""
+    """Unit vectors `[B, D]` of `images [B, H, W, 3]` in [0, 1] under a CLIP; nan where an image is not finite."""
 
     def __init__(self, clip: LoadedClip, batch: int, mesh: Mesh):
         """`batch` images at once on a device."""
@@ -100,7 +100,7 @@ class ClipReward:
         self._score = jax.jit(lambda images, texts: scale * (images * texts).sum(-1))
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
-        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`; nan where an image is nan."""
+        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`; nan where an image is not finite."""
         chex.assert_shape(images, (len(prompts), None, None, 3))
         return self._score(self.encode_images(images), self._texts(prompts))
 
@@ -114,7 +114,7 @@ class AestheticReward:
         self._score = lambda vectors: mark({"params": head_params}, vectors)[:, 0]
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
-        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1]; nan where an image is nan."""
+        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1]; nan where an image is not finite."""
         chex.assert_shape(images, (len(prompts), None, None, 3))
         return self._score(self.encode_images(images))
 

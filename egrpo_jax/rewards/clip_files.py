@@ -92,7 +92,7 @@ def load_hps(
 
 
 def hps_version(file: Path) -> str | None:
-    """Which version of HPSv2 a file is of, "2.0" or "2.1", whose tensors have the same names; None: it does not say.
+    """The version of HPSv2 that a file is of, "2.0" or "2.1": their tensors have the same names. None: it does not say.
 
     By the sizes of the published files; else by the name that a checkpoint keeps of the file it was saved to; else by
     the file's own.
@@ -155,7 +155,7 @@ def on_every_device(shapes: chex.ArrayTree, mesh: Mesh) -> Params:
 
 
 def _preprocess_from_open_clip(published: Mapping[str, Any], size: int) -> Preprocess:
-    """What the `preprocess_cfg` of an open_clip_config.json asks for."""
+    """The preprocessing that the `preprocess_cfg` of an open_clip_config.json asks for."""
     asked = {**_PREPROCESS, **{key: value for key, value in published.items() if value is not None}}
     for key, possible in (("interpolation", ["bicubic"]), ("resize_mode", ["shortest", "squash"]), ("mode", ["RGB"])):
         if asked[key] not in possible:

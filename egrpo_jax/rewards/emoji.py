@@ -33,12 +33,17 @@ class CosineReward:
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
         """Scores `[B]` of `images [B, 32, 32, 3]` in [0, 1] for their `prompts`."""
-        _check(images, prompts)
+        self.require(prompts, images.shape[1:3])
         new = sorted(set(prompts) - self._texts.keys())
         if new:
             vectors = self._encode_text({"params": self._params}, encode_prompts(new).pooled)
             self._texts |= zip(new, np.asarray(vectors), strict=True)
         return self._score(self._params, images, np.stack([self._texts[prompt] for prompt in prompts]))
+
+    def require(self, prompts: Sequence[str], size: tuple[int, int]) -> None:
+        """Raises UserError if images of `size` (H, W) are not the towers'; any prompt will do."""
+        del prompts
+        _require_size(size)
 
     def encode_images(self, images: chex.Array) -> chex.Array:
         """Features `[B, D]` of length 1 of `images [B, 32, 32, 3]` in [0, 1]."""
@@ -48,7 +53,7 @@ class CosineReward:
 class RecallReward:
     """1 if an image's prompt is among the `top` names nearest to the image under a tower, else 0; the mean is R@top.
 
-    Prompts must be names of emoji: what else is there to rank against them.
+    Prompts must be names of emoji: what else is there to rank against them. An image that is nan scores nan.
     """
 
     def __init__(self, name: str, top: int, folder: str | os.PathLike[str] | None = None):
@@ -61,22 +66,26 @@ class RecallReward:
         def score(params: chex.ArrayTree, texts: chex.Array, images: chex.Array, indices: chex.Array) -> chex.Array:
             cosines = _encode(tower, params, images) @ texts.T
             own = jnp.take_along_axis(cosines, indices[:, None], axis=1)
-            return ((cosines > own).sum(-1) < top).astype(jnp.float32)
+            hits = ((cosines > own).sum(-1) < top).astype(jnp.float32)
+            return jnp.where(jnp.isnan(own[:, 0]), jnp.nan, hits)  # nothing is greater than nan: it would be a hit
 
         self._score = jax.jit(score)
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
-        """Hits `[B]`, 0 or 1, of `images [B, 32, 32, 3]` in [0, 1] for their `prompts`.
-
-        Raises:
-          UserError: a prompt is no name of an emoji.
-        """
-        _check(images, prompts)
-        unknown = set(prompts) - self._indices.keys()
-        if unknown:
-            raise UserError(f"recall among the emoji names needs prompts that are such names, found {min(unknown)!r}")
+        """Hits `[B]`, 0 or 1, of `images [B, 32, 32, 3]` in [0, 1] for their `prompts`; raises as `require`."""
+        self.require(prompts, images.shape[1:3])
         indices = np.array([self._indices[prompt] for prompt in prompts], np.int32)
         return self._score(self._params, self._texts, images, indices)
+
+    def require(self, prompts: Sequence[str], size: tuple[int, int]) -> None:
+        """Raises UserError if images of `size` (H, W) are not the tower's, or a prompt is no name of an emoji."""
+        _require_size(size)
+        unknown = [prompt for prompt in prompts if prompt not in self._indices]
+        if unknown:
+            raise UserError(
+                f"expected names of emoji as prompts, which it ranks; {len(unknown)} of {len(prompts)} are none, the "
+                f"first is {unknown[0]!r}"
+            )
 
 
 def cosine_to_reward(*_: object) -> CosineReward:
@@ -90,7 +99,7 @@ def cosine_to_judge(*_: object) -> CosineReward:
 
 
 def cosine_to_weak(*_: object) -> CosineReward:
-    """A reward trained briefly on pictures with too little green, easily hacked; for studying reward hacking."""
+    """A reward trained briefly on images with too little green, easily hacked; for studying reward hacking."""
     return CosineReward("weak")
 
 
@@ -108,6 +117,6 @@ def _encode(tower: Tower, params: chex.ArrayTree, images: chex.Array) -> chex.Ar
     return tower.apply({"params": params}, images, method="encode_images")
 
 
-def _check(images: chex.Array, prompts: Sequence[str]) -> None:
-    if images.shape != (len(prompts), 32, 32, 3):
-        raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, 32, 32, 3], found {images.shape}")
+def _require_size(size: tuple[int, int]) -> None:
+    if tuple(size) != (32, 32):
+        raise UserError(f"expected images of 32 x 32 pixels, found {size[0]} x {size[1]}")

@@ -36,7 +36,7 @@ class ImageReward:
         self._network, self._tokenize = network, tokenize
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
-        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`; nan where an image is nan."""
+        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`; nan where an image is not finite."""
         chex.assert_shape(images, (len(prompts), None, None, 3))
         # Words attend to the image in every layer: beside their ids nothing of a prompt can be kept for its group.
         return self._network(images, *self._tokenize(prompts))

@@ -1,4 +1,4 @@
-"""How legibly an image shows the text that its prompt asks for, as in Flow-GRPO (arXiv:2505.05470).
+"""Legibility of the text that an image was to show, as in Flow-GRPO (arXiv:2505.05470).
 
 The text is what stands first in double quotes in the prompt. With d the edit distance between it and what was read,
 both in lower case and without white space, the score is 1 - min(d, n) / n, n being the length of the text; d is 0 if
@@ -32,14 +32,21 @@ class OcrReward:
         self._read = read
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> np.ndarray:
-        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`.
-
-        Raises:
-          UserError: a prompt has nothing in double quotes.
-        """
+        """Scores `[B]` of `images [B, H, W, 3]` in [0, 1] for their `prompts`; raises as `require`."""
+        self.require(prompts, images.shape[1:3])
         texts = [wanted_text(prompt) for prompt in prompts]
         pairs = zip(to_uint8(images), texts, strict=True)
         return np.array([legibility(self._read(image), text) for image, text in pairs], np.float32)
+
+    def require(self, prompts: Sequence[str], size: tuple[int, int]) -> None:
+        """Raises UserError if a prompt has nothing in double quotes; images may have any `size`."""
+        del size
+        without = [prompt for prompt in prompts if not wanted_text(prompt)]
+        if without:
+            raise UserError(
+                "expected prompts with the text to render in double quotes; "
+                f"{len(without)} of {len(prompts)} have none, the first is {without[0]!r}"
+            )
 
 
 def ocr(*_: object) -> OcrReward:
@@ -52,12 +59,9 @@ def ocr(*_: object) -> OcrReward:
 
 
 def wanted_text(prompt: str) -> str:
-    """What stands first in double quotes in `prompt`, bare: see `bare`. Raises UserError if nothing does."""
+    """The text that stands first in double quotes in `prompt`, `bare`; empty if none does."""
     found = _QUOTED.search(prompt)
-    text = bare(found[1]) if found else ""
-    if not text:
-        raise UserError(f"the reward 'ocr' needs prompts with the text to render in double quotes, found {prompt!r}")
-    return text
+    return bare(found[1]) if found else ""
 
 
 def bare(text: str) -> str:
@@ -66,7 +70,7 @@ def bare(text: str) -> str:
 
 
 def legibility(read: str, text: str) -> float:
-    """How much of `text`, which is bare and not empty, there is in what was `read`, in [0, 1]."""
+    """The share of `text`, which is bare and not empty, that is in what was `read`, in [0, 1]."""
     seen = bare(read)
     distance = 0 if text in seen else edit_distance(seen, text)
     return 1 - min(distance, len(text)) / len(text)

@@ -1,4 +1,4 @@
-"""What scorers do to an image before their network: resize, crop, normalise, on the device.
+"""Preparation of images for a network that scores them: resizing, cropping, normalising, on the device.
 
 Published scorers read images from files, and each resizes in its own way; a score depends on it. Images are therefore
 rounded to the 256 levels of a file first, so that the score of an image is that of the file it is saved to.
@@ -8,6 +8,8 @@ columns: a matrix for each, made in float64 when the function is traced. They di
 each result in bytes, and its integer arithmetic is repeated here to the last bit; PyTorch's `interpolate` (bicubic,
 antialiased) rounds nothing. That rows come first is how Pillow was when scorers were published, up to version 12;
 Pillow 13 begins with the columns of images that are more than twice as tall as wide.
+
+No library does this: `jax.image.resize` rounds nothing, and Pillow would take every image to the host, one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from egrpo_jax.common.images import finite_images
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -48,7 +52,7 @@ class Preprocess:
     std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: chex.Array) -> chex.Array:
-        """The network's input, float32; all nan for an image with a nan in it."""
+        """The network's input, float32; all nan for an image that is not finite."""
         chex.assert_shape(images, (None, None, None, 3))
         height, width = images.shape[1:3]
         levels = jnp.round(jnp.clip(images.astype(jnp.float32), 0, 1) * 255)
@@ -56,10 +60,10 @@ class Preprocess:
         levels = apply(self._matrix(width, height), levels, axis=2)
         levels = apply(self._matrix(height, width), levels, axis=1)
         pixels = (levels / 255 - jnp.array(self.mean)) / jnp.array(self.std)
-        return jnp.where(jnp.isnan(images).any((1, 2, 3), keepdims=True), jnp.nan, pixels)
+        return jnp.where(finite_images(images)[:, None, None, None], pixels, jnp.nan)
 
     def _matrix(self, length: int, other: int) -> np.ndarray:
-        """`[size, length]`: what makes pixels along an axis of `length`, the other one being `other` long."""
+        """Weights `[size, length]` that make pixels along an axis of `length`, the other one being `other` long."""
         resized = self.size if self.fit == "squash" else int(self.size * length / min(length, other))
         start = (resized - self.size) // 2 if self.odd_crop == "floor" else round((resized - self.size) / 2)
         return resize_matrix(length, resized)[start : start + self.size]

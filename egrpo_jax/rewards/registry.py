@@ -1,6 +1,9 @@
-"""How a reward is found by its name."""
+"""Rewards by their names."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -8,6 +11,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.base import Reward
+from egrpo_jax.rewards.checked import CheckedReward, blamed
 from egrpo_jax.rewards.config import ScorersConfig
 
 BUILT_IN = {
@@ -29,31 +33,51 @@ BUILT_IN = {
 """Name of a built-in reward to `module:function`; the function, of the config and the mesh, makes the reward."""
 
 
-def load_reward(name: str, scorers: ScorersConfig | None = None, mesh: Mesh | None = None) -> Reward:
+def load_reward(name: str, scorers: ScorersConfig | None = None, mesh: Mesh | None = None) -> CheckedReward:
     """The reward `name`: a built-in one, one of `scorers.remote`, or a user's own, `module:attribute`.
 
-    A user's attribute is the reward itself, or a class that makes it, without arguments. By default files are those of
-    `ScorersConfig()` and the parameters lie on a mesh of all devices.
+    By default files are those of `ScorersConfig()` and the parameters lie on a mesh of all devices.
 
     Raises:
-      UserError: there is no such reward, or a file it needs is missing or wrong.
+      UserError: there is no such reward, a file it needs is missing or wrong, or a user's own cannot be made.
     """
     scorers, mesh = scorers or ScorersConfig(), mesh or make_mesh(MeshConfig())
     if name in BUILT_IN:
-        return load_attribute(BUILT_IN[name], "reward")(scorers, mesh)
+        return CheckedReward(name, load_attribute(BUILT_IN[name], "reward")(scorers, mesh))
     if name in scorers.remote:
-        return load_attribute("egrpo_jax.rewards.remote.client:remote", "reward")(name, scorers.remote[name])
+        make = load_attribute("egrpo_jax.rewards.remote.client:remote", "reward")
+        return CheckedReward(name, make(name, scorers.remote[name]))
     if ":" not in name:
         known = ", ".join([*BUILT_IN, *scorers.remote])
         raise UserError(
             f"unknown reward {name!r}; use one of {known}, give its server in config.scorers.remote, or "
             "module:attribute of your own"
         )
-    reward = load_attribute(name, "reward")
-    if isinstance(reward, type):
-        reward = reward()
-    if not callable(reward):
-        raise UserError(
-            f"the reward {name!r} is {reward!r}; it must be a function (images, prompts) -> scores, or a class of such"
-        )
-    return reward
+    return CheckedReward(name, _own(name), own=True)
+
+
+def _own(name: str) -> Reward:
+    """The attribute `name`, which is the reward itself or a class that makes it."""
+    found = load_attribute(name, "reward")
+    right = "it must be a function (images, prompts) -> scores, or a class of such, made without arguments"
+    if isinstance(found, type):
+        if not _takes(found, 0):
+            raise UserError(f"the reward {name!r} is made with {inspect.signature(found)}; {right}")
+        with blamed(name, found, own=True):
+            found = found()
+    if not callable(found):
+        raise UserError(f"the reward {name!r} is {found!r}; {right}")
+    if not _takes(found, 2):
+        raise UserError(f"the reward {name!r} takes {inspect.signature(found)}; {right}")
+    return found
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether `function` can be called with `count` arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # of some that are written in C
+        return True
+    return True

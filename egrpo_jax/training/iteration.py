@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
-from egrpo_jax.rewards import start
+from egrpo_jax.rewards import start, with_nan
 from egrpo_jax.rl.advantage import credit, groups_left_out, zero_spread_share
 from egrpo_jax.rl.optimizer import last_learning_rate, skipped_updates
 from egrpo_jax.rl.plan import Plan
@@ -77,8 +77,10 @@ def sample_and_score(
         parts.append(transitions)
         pending.append((scored, watched))
     with timer.phase("reward"):
-        trained = {name: jnp.concatenate([scores[name]() for scores, _ in pending]) for name in config.train}
-        heldout = {name: jnp.concatenate([scores[name]() for _, scores in pending]) for name in config.heldout}
+        trained = {name: jnp.concatenate([with_nan(scores[name]()) for scores, _ in pending]) for name in config.train}
+        heldout = {
+            name: jnp.concatenate([with_nan(scores[name]()) for _, scores in pending]) for name in config.heldout
+        }
         shape = (len(prompts), *latents.shape[1:-2])
         scores = jax.block_until_ready({name: values.reshape(shape) for name, values in trained.items()})
     means = {name: float(jnp.nanmean(values)) for name, values in heldout.items()}

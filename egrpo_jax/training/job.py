@@ -16,7 +16,7 @@ from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
 from egrpo_jax.pipelines import Pipeline, load_pipeline
-from egrpo_jax.rewards import Reward, load_reward
+from egrpo_jax.rewards import CheckedReward, load_reward
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import Plan, make_plan
 from egrpo_jax.rl.rollout import Rollout, Transitions, roll_out
@@ -31,7 +31,7 @@ class Job:
     config: TrainConfig
     plan: Plan
     pipeline: Pipeline
-    rewards: dict[str, Reward]
+    rewards: dict[str, CheckedReward]
     prompts: list[str]
     evaluation_prompts: list[str]
     optimizer: optax.GradientTransformation

@@ -17,13 +17,6 @@ def dark_rows(image, left, right):
     return np.flatnonzero((np.asarray(image)[:, left:right] < 60).any(axis=(1, 2)))
 
 
-def test_uint8_rounds_and_clips():
-    values = np.array([-1, 0, 0.4 / 255, 0.6 / 255, 0.5, 1, 2, np.nan, np.inf])
-    np.testing.assert_array_equal(to_uint8(values), [0, 0, 0, 1, 128, 255, 255, 0, 255])
-    every = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_uint8(every / 255), every)
-
-
 def test_grid_places_every_pixel():
     images = np.random.default_rng(0).uniform(size=(3, 2, 2, 3))
     sheet = np.asarray(grid(images, columns=2, scale=5))
@@ -33,6 +26,14 @@ def test_grid_places_every_pixel():
         np.testing.assert_array_equal(tile[::5, ::5], to_uint8(images[index]))
         np.testing.assert_array_equal(tile, np.repeat(np.repeat(tile[::5, ::5], 5, 0), 5, 1))
     assert (sheet[-22:, -18:] == 255).all()
+
+
+def test_an_image_that_is_not_finite_is_no_black_one():
+    images = np.array(flat(0.0, 0.5))
+    images[0, 3, 3, 0] = np.nan
+    sheet = np.asarray(grid(images, columns=2, scale=1))
+    assert (sheet[8:40, 8:40] == (255, 0, 255)).all()
+    assert (sheet[8:40, 48:80] == 128).all()
 
 
 @pytest.mark.parametrize(("size", "shown"), [(32, 160), (64, 192), (512, 512)])

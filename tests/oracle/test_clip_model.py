@@ -5,8 +5,8 @@ import pytest
 
 from egrpo_jax.models.clip import image_flops
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.rewards.clip import clip_score, pickscore
 from egrpo_jax.rewards.config import ClipScoreConfig, PickScoreConfig, ScorersConfig
-from egrpo_jax.rewards.registry import load_reward
 from tests.oracle.clip_model import CASES, GOLDEN, cases, outputs, published_model
 from tests.oracle.scored_images import SIZES, images, prompts
 from tests.oracle.tokenizers import write_clip
@@ -32,11 +32,11 @@ def test_scores_of_every_size_of_images(name, tmp_path):
     model.save_pretrained(tmp_path)
     write_clip(tmp_path)
     scorers = ScorersConfig(pickscore=PickScoreConfig(str(tmp_path)), clip_score=ClipScoreConfig(str(tmp_path)))
-    reward, expected, scale = load_reward("pickscore", scorers, MESH), outputs(CASES[name], model), 100
+    reward, expected, scale = pickscore(scorers, MESH), outputs(CASES[name], model), 100
     for size in SIZES:
         got = reward(images(size) / np.float32(255), prompts(size))
         np.testing.assert_allclose(got / scale, expected[f"scores_{size}"] / scale, rtol=0, atol=1e-5, err_msg=size)
-    cosines = load_reward("clip_score", scorers, MESH)(images("wide") / np.float32(255), prompts("wide"))
+    cosines = clip_score(scorers, MESH)(images("wide") / np.float32(255), prompts("wide"))
     np.testing.assert_allclose(
         cosines * model.logit_scale.exp().item() / scale, expected["scores_wide"] / scale, rtol=0, atol=1e-5
     )

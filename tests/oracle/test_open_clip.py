@@ -12,7 +12,6 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards import clip
 from egrpo_jax.rewards.clip_files import hps_version
 from egrpo_jax.rewards.config import AestheticConfig, ClipScoreConfig, HpsConfig, ScorersConfig
-from egrpo_jax.rewards.registry import load_reward
 from egrpo_jax.text.tokenizers import load_open_clip_tokenizer
 from egrpo_jax.weights.published.open_clip import config_from_open_clip
 from tests.oracle.open_clip import CASES, GOLDEN, cases, marks, outputs, published_head, published_model
@@ -63,7 +62,7 @@ def test_golden_file_is_up_to_date():
 def test_cosines_of_every_size_of_images(written, scorers):
     case, model, folder = written
     expected = outputs(case, model)
-    rewards = {"hps": clip.hpsv2_1(scorers, MESH, case.config), "clip": load_reward("clip_score", scorers, MESH)}
+    rewards = {"hps": clip.hpsv2_1(scorers, MESH, case.config), "clip": clip.clip_score(scorers, MESH)}
     for kind, reward in rewards.items():
         for size in case.sizes:
             got = reward(images(size) / np.float32(255), prompts(size))
@@ -72,7 +71,7 @@ def test_cosines_of_every_size_of_images(written, scorers):
 
 
 def test_marks_of_the_aesthetic_predictor(written, scorers):
-    reward, expected = load_reward("aesthetic", scorers, MESH), marks(written[0])
+    reward, expected = clip.aesthetic(scorers, MESH), marks(written[0])
     for size in SIZES:
         got = reward(images(size) / np.float32(255), prompts(size))
         np.testing.assert_allclose(got, expected[f"marks_{size}"], rtol=0, atol=1e-5)

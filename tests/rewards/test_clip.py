@@ -100,7 +100,7 @@ def reward_of(folders):
         config = scorers(folders(oracle, name))
         if reward == "hpsv2.1":
             return clip.hpsv2_1(config, MESH, oracle.CASES[name].config)
-        return load_reward(reward, config, MESH)
+        return getattr(clip, reward)(config, MESH)
 
     return load
 

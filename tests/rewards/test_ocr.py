@@ -101,7 +101,7 @@ def test_rendered_text_is_read():
     images = np.stack([picture(text) for text in shown])
     reward = load_reward("ocr")
     scores = reward(images, prompts)
-    np.testing.assert_allclose(scores, [1, 1, 1, 0.8, 0], atol=1e-6)
+    np.testing.assert_allclose(scores.values, [1, 1, 1, 0.8, 0], atol=1e-6)
     np.testing.assert_array_equal(reward(images, prompts), scores)
 
 
@@ -119,7 +119,7 @@ def test_rapidocr_gets_blue_first_and_its_lines_are_joined(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", SimpleNamespace(RapidOCR=Engine))
     images = np.zeros((2, 8, 8, 3), np.float32)
     images[..., 0] = 1
-    np.testing.assert_array_equal(load_reward("ocr")(images, ['"new hope"'] * 2), [1, 0])
+    np.testing.assert_array_equal(load_reward("ocr")(images, ['"new hope"'] * 2).values, [1, 0])
     params, *pictures = seen
     assert params["Det.limit_type"] == "max"
     for picture in pictures:

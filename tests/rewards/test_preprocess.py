@@ -101,12 +101,13 @@ def test_normalised_by_channel():
     np.testing.assert_allclose(Preprocess(20)(given), np.broadcast_to(expected, (1, 20, 20, 3)), atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("arithmetic", ["pillow", "torch"])
-def test_an_image_with_a_nan_is_nan_and_no_other(arithmetic):
+def test_an_image_that_is_not_finite_is_nan_and_no_other(arithmetic, value):
     given = images(40, 30) / np.float32(255)
     expected = np.array(Preprocess(20, arithmetic)(given))
     expected[1] = np.nan
-    given[1, 3, 4, 0] = np.nan
+    given[1, 3, 4, 0] = value
     np.testing.assert_array_equal(Preprocess(20, arithmetic)(given), expected)
 
 

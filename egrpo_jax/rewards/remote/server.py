@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.rewards.base import Reward
+from egrpo_jax.rewards.base import Reward, with_nan
+from egrpo_jax.rewards.checked import RewardError
 from egrpo_jax.rewards.remote.scores import read_request
 
 LONGEST_REQUEST = 2**28
@@ -56,7 +57,9 @@ class ScoreServer(http.server.ThreadingHTTPServer):
         try:
             images, prompts = read_request(json.loads(body))
             with self._scoring:
-                scores = np.asarray(self._reward(images, prompts), np.float32)
+                scores = np.asarray(with_nan(self._reward(images, prompts)), np.float32)
+        except RewardError:  # not the client's fault
+            raise
         except (ValueError, RecursionError, UserError) as error:
             raise BadRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
         return {"scores": [float(score) if math.isfinite(score) else None for score in scores]}

@@ -52,7 +52,7 @@ def working():
 def test_it_is_found_by_its_name_in_the_config():
     with FaultServer(right) as server:
         scorers = from_config_dict(ScorersConfig, {"remote": {"judge": {"url": server.url, "batch": 4}}})
-        np.testing.assert_array_equal(load_reward("judge", scorers)(*numbered(5)), expected(5))
+        np.testing.assert_array_equal(load_reward("judge", scorers)(*numbered(5)).values, expected(5))
         assert len(server.requests) == 2
 
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.rewards import CheckedReward
 from egrpo_jax.rewards.config import RemoteConfig
 from egrpo_jax.rewards.remote import server as serve
 from egrpo_jax.rewards.remote.client import remote
@@ -175,6 +176,25 @@ def test_a_scorer_that_fails_once_goes_on(capsys):
         assert send(server, body(png(GRAY))) == (500, {"error": "RuntimeError: out of memory"})
         assert send(server, body(png(GRAY))) == (200, {"scores": [7.0]})
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_users_reward_that_fails_is_not_the_clients_fault():
+    """Its images may be scored at another attempt; prompts that cannot be scored are refused for good."""
+
+    def fails(*_):
+        raise ValueError("no memory")
+
+    def refuses(*_):
+        raise UserError("expected quotes")
+
+    for reward, status in ((fails, 500), (refuses, 400)):
+        with serving(CheckedReward("mine", reward, own=True)) as server:
+            assert send(server, body(png(GRAY)))[0] == status
+
+
+def test_a_score_that_did_not_come_is_null():
+    with serving(CheckedReward("mine", lambda *_: [None, 1.0], own=True)) as server:
+        assert send(server, body(png(GRAY), png(GRAY))) == (200, {"scores": [None, 1.0]})
 
 
 def test_a_client_that_goes_away_costs_nothing(monkeypatch):
