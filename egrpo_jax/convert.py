@@ -1,6 +1,6 @@
 """Weights from one form into another.
 
-    python -m egrpo_jax.convert --config configs/flux_lora.py --workdir runs/flux_lora --to diffusers --out tuned
+    python -m egrpo_jax.convert --workdir runs/flux_lora --to diffusers --out tuned
 
 Takes the weights of the config, or with --workdir those of a training run (their average where one is kept), to
 
@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from absl import flags
 
 from egrpo_jax import cli
+from egrpo_jax.cli.model import ModelFlags
 from egrpo_jax.common.atomic import new_folder
-from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import COLLECTION, merge_lora
@@ -38,11 +38,20 @@ from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.lora import FILE_NAME, save_lora
 from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Take the weights of this training run instead of the config's.")
-TO = flags.DEFINE_enum("to", None, ["diffusers", "pipeline", "peft", "orbax"], "What to write.", required=True)
-OUT = flags.DEFINE_string("out", None, "New folder, or for peft a file or folder, to write.", required=True)
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights in the files.")
-REST = flags.DEFINE_enum("rest", "link", ["link", "copy"], "What a pipeline folder does with the base's other parts.")
+FLAGS = flags.FlagValues()
+MODEL = ModelFlags(FLAGS)
+TO = flags.DEFINE_enum(
+    "to", None, ["diffusers", "pipeline", "peft", "orbax"], "What to write.", required=True, flag_values=FLAGS
+)
+OUT = flags.DEFINE_string(
+    "out", None, "New folder, or for peft a file or folder, to write.", required=True, flag_values=FLAGS
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights in the files.", flag_values=FLAGS
+)
+REST = flags.DEFINE_enum(
+    "rest", "link", ["link", "copy"], "What a pipeline folder does with the base's other parts.", flag_values=FLAGS
+)
 
 
 def merged(config: TrainConfig, params: Any) -> Any:
@@ -85,21 +94,17 @@ def write_orbax(target: Path, sizes: FluxConfig, flow: Any) -> None:
 
 def main() -> None:
     """Loads and writes."""
-    config = from_config_dict(TrainConfig, cli.CONFIG.value)
+    config, workdir = MODEL.config(), MODEL.workdir
     lora, out = config.model.flux.lora, Path(OUT.value)
     if config.model.name != "flux" or config.model.path is None:
         raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
-    if TO.value == "peft" and (lora is None or WORKDIR.value is None):
+    if TO.value == "peft" and (lora is None or workdir is None):
         raise UserError("--to=peft writes the adapters of a run: expected model.flux.lora in the config, and --workdir")
     base = pipeline_folder(config.model.path, text=TO.value == "pipeline")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         pipeline = load_pipeline(config.model)
-        params = (
-            pipeline.load(mesh)
-            if WORKDIR.value is None
-            else restore_params(Path(WORKDIR.value), pipeline, config, mesh)[0]
-        )
+        params = pipeline.load(mesh) if workdir is None else restore_params(workdir, pipeline, config, mesh)[0]
         sizes = read_transformer_config(base / "transformer", config.model.flux.transformer)
         if TO.value == "peft":
             assert lora is not None
@@ -115,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

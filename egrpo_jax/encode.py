@@ -22,17 +22,25 @@ from egrpo_jax.pipelines.flux.loading import pipeline_folder
 from egrpo_jax.pipelines.flux.text import FluxTextEncoder
 from egrpo_jax.training.config import TrainConfig
 
+FLAGS = flags.FlagValues()
+CONFIG = cli.define_config(FLAGS)
 PROMPT_FILE = flags.DEFINE_multi_string(
-    "prompt_file", None, "Prompts: a file (txt, JSONL or CSV) or a built-in set; may be repeated.", required=True
+    "prompt_file",
+    None,
+    "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set",
+    required=True,
+    flag_values=FLAGS,
 )
-OUT = flags.DEFINE_string("out", None, "Folder for the embeddings.", required=True)
-BATCH = flags.DEFINE_integer("batch", 8, "Prompts encoded at once.", lower_bound=1)
-SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file; 4 MiB each for FLUX.1-dev.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "Folder for the embeddings.", required=True, flag_values=FLAGS)
+BATCH = flags.DEFINE_integer("batch", 8, "Prompts encoded at once.", lower_bound=1, flag_values=FLAGS)
+SHARD_SIZE = flags.DEFINE_integer(
+    "shard_size", 256, "Prompts in a file; 4 MiB each for FLUX.1-dev.", lower_bound=1, flag_values=FLAGS
+)
 
 
 def main() -> None:
     """Encodes what is not there yet."""
-    config = from_config_dict(TrainConfig, cli.CONFIG.value)
+    config = from_config_dict(TrainConfig, CONFIG.value)
     if config.model.name != "flux" or config.model.path is None:
         raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
     prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
@@ -51,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

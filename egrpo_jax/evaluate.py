@@ -1,4 +1,6 @@
-"""Judges a model: `python -m egrpo_jax.evaluate --config configs/emoji.py --workdir runs/emoji --out evaluation`.
+"""Judges a model.
+
+    python -m egrpo_jax.evaluate --workdir runs/emoji --out evaluation
 
 The model of the config, and with --workdir that of a training run beside it, draw the same prompts from the same noise;
 every reward of the config, or those of --rewards, scores them. --out becomes a folder: `table.md` and `table.json`,
@@ -17,12 +19,12 @@ from absl import flags
 from jax.sharding import Mesh
 
 from egrpo_jax import cli
-from egrpo_jax.cli.sampling import SCHEDULE, SEED, WORKDIR, chosen_sampling
+from egrpo_jax.cli.model import ModelFlags
+from egrpo_jax.cli.sampling import LAST_SEED, SamplingFlags
 from egrpo_jax.common.atomic import atomic_write, new_folder
-from egrpo_jax.common.config import from_config_dict, to_config_dict
+from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
-from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.evaluation import protocol
 from egrpo_jax.evaluation import statistics as comparison
 from egrpo_jax.evaluation.side_by_side import (
@@ -34,21 +36,26 @@ from egrpo_jax.evaluation.side_by_side import (
     sample_and_score,
     score_lines,
 )
-from egrpo_jax.figures.grids import save_png
+from egrpo_jax.figures.grids import save_image
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.state import restore_trained
 
-PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set; default: the config's."
+FLAGS = flags.FlagValues()
+MODEL = ModelFlags(FLAGS)
+SAMPLING = SamplingFlags(FLAGS)
+OUT = flags.DEFINE_string("out", None, "New folder to write.", required=True, flag_values=FLAGS)
+REWARDS = flags.DEFINE_list(
+    "rewards", None, "Rewards, separated by commas; by default all of the config.", flag_values=FLAGS
 )
-OUT = flags.DEFINE_string("out", None, "New folder to write.", required=True)
-REWARDS = flags.DEFINE_list("rewards", None, "Rewards, separated by commas; by default all of the config.")
-SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
+SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1, flag_values=FLAGS)
 DIVERSITY = flags.DEFINE_string(
-    "diversity", None, "Reward whose image features measure how far the images of a prompt are apart."
+    "diversity",
+    None,
+    "Reward whose image features measure how far the images of a prompt are apart.",
+    flag_values=FLAGS,
 )
 
 
@@ -59,6 +66,8 @@ def chosen_judging(config: TrainConfig, trained: Sequence[str], mesh: Mesh) -> J
         raise UserError(f"--rewards: found {REWARDS.value}, expected names, each once")
     if DIVERSITY.value is not None and SAMPLES.value < 2:
         raise UserError(f"--diversity needs at least 2 images of each prompt, found --samples={SAMPLES.value}")
+    if SAMPLING.seed + SAMPLES.value - 1 > LAST_SEED:
+        raise UserError(f"--seed={SAMPLING.seed} --samples={SAMPLES.value}: the last seed is {LAST_SEED}")
     rewards = {name: load_reward(name, config.scorers, mesh) for name in names}
     judge = next((name for name in names if name not in trained), names[0])
     if DIVERSITY.value is None:
@@ -95,15 +104,14 @@ def write(out: Path, table: str, record: dict[str, Any], prompts: Sequence[str],
         atomic_write(folder / "table.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         atomic_write(folder / "scores.jsonl", score_lines(prompts, results.scores))
         if (picture := gains_and_losses(results.pairs, judge)) is not None:
-            save_png(picture, folder / "gains.png")
+            save_image(picture, folder / "gains.png")
 
 
 def main() -> None:
     """Samples, scores, compares and writes."""
-    config, out = from_config_dict(TrainConfig, cli.CONFIG.value), Path(OUT.value)
-    workdir = None if WORKDIR.value is None else Path(WORKDIR.value)
-    source = PROMPT_FILE.value or config.evaluation.prompts
-    prompts, trained = read_prompts(source), protocol.trained_rewards(config.rewards.train, workdir)
+    config, workdir, out = MODEL.config(), MODEL.workdir, Path(OUT.value)
+    source, prompts = SAMPLING.prompts(config.evaluation.prompts)
+    trained = protocol.trained_rewards(config.rewards.train, workdir)
     check_out(out)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -111,17 +119,17 @@ def main() -> None:
         pipeline = load_pipeline(config.model)
         pipeline.require(prompts)
         models, tuned = load_models(config, pipeline, workdir, mesh)
-        sampling = chosen_sampling(config, pipeline, len(prompts))
-        results = sample_and_score(sampling.sampler(pipeline), models, prompts, SEED.value, sampling.batch, judging)
+        sampling = SAMPLING.sampling(config, pipeline, len(prompts))
+        results = sample_and_score(sampling.sampler(pipeline), models, prompts, SAMPLING.seed, sampling.batch, judging)
     made = {
         "base": protocol.describe_model(config.model, pipeline),
         "tuned": tuned,
         "prompts": protocol.describe_prompts(source, prompts),
         "resolution": dict(zip(("height", "width"), results.resolution, strict=True)),
         "steps": sampling.steps,
-        "schedule": SCHEDULE.value,
+        "schedule": SAMPLING.schedule,
         "shift": sampling.shift,
-        "seeds": list(range(SEED.value, SEED.value + judging.samples)),
+        "seeds": list(range(SAMPLING.seed, SAMPLING.seed + judging.samples)),
         "intervals": protocol.INTERVALS,
         "versions": protocol.environment(),
         "rewards": {name: protocol.describe_reward(name, config.scorers) for name in judging.rewards},
@@ -135,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -36,12 +36,16 @@ PROGRAMS = {
     "tower": Program(towers.TowerJob, towers.train, lambda job: job.name),
     "flow": Program(flow.FlowJob, flow.train, lambda _: "flow"),
 }
-OUTPUT = flags.DEFINE_string("output", None, "File to write; default: the asset of that name in the package.")
+FLAGS = flags.FlagValues()
+CONFIG = cli.define_config(FLAGS)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "File to write; default: the asset of that name in the package.", flag_values=FLAGS
+)
 
 
 def main() -> None:
     """Runs the job that the config describes, and prints what it reached."""
-    config = cli.CONFIG.value
+    config = CONFIG.value
     if config.get("kind") not in PROGRAMS:
         raise ConfigError("kind", config.get("kind"), f"one of {', '.join(PROGRAMS)}")
     program = PROGRAMS[config.kind]
@@ -53,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

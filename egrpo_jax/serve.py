@@ -1,4 +1,6 @@
-"""Serves a scorer over HTTP, for training runs elsewhere: `python -m egrpo_jax.serve --reward hpsv2.1`.
+"""Serves a scorer over HTTP, for training runs elsewhere.
+
+    python -m egrpo_jax.serve --reward hpsv2.1
 
 Speaks the protocol "scores" (rewards/remote/scores.py): POST of images and prompts to /, which answers their scores;
 GET of / says which scorer this is. An error is `{"error": one line}` with a status of 4xx, the client's, or 5xx, the
@@ -19,13 +21,19 @@ from egrpo_jax.rewards.config import ScorersConfig
 from egrpo_jax.rewards.registry import load_reward
 from egrpo_jax.rewards.remote.server import ScoreServer, serve
 
-REWARD = flags.DEFINE_string("reward", None, "A built-in reward, or module:attribute of your own.", required=True)
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
-PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any that is free.", lower_bound=0, upper_bound=65535)
+FLAGS = flags.FlagValues()
+CONFIG = cli.define_config(FLAGS, required=False)
+REWARD = flags.DEFINE_string(
+    "reward", None, "A built-in reward, or module:attribute of your own.", required=True, flag_values=FLAGS
+)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.", flag_values=FLAGS)
+PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to listen on; 0: any that is free.", lower_bound=0, upper_bound=65535, flag_values=FLAGS
+)
 
 
 def main() -> None:
-    config = {} if cli.CONFIG.value is None else cli.CONFIG.value.to_dict().get("scorers", {})
+    config = {} if CONFIG.value is None else CONFIG.value.to_dict().get("scorers", {})
     reward = load_reward(REWARD.value, from_config_dict(ScorersConfig, config, prefix="scorers."))
     try:
         server = ScoreServer(REWARD.value, reward, HOST.value, PORT.value)
@@ -36,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=())
+    cli.run(main, FLAGS)

@@ -1,4 +1,6 @@
-"""Trains a flow model by E-GRPO: `python -m egrpo_jax.train --config configs/emoji.py`.
+"""Trains a flow model by E-GRPO.
+
+    python -m egrpo_jax.train --config configs/emoji.py
 
 Resumes by itself from its workdir. There: `config.json`, `metrics.jsonl`, `tb/` (TensorBoard), `eval/` (scores and
 picture grids), `checkpoints/`, and at the end `reward_curve.png`, `entropy.png`, `before_after.png`.
@@ -17,14 +19,19 @@ from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import MissingScoreError
 from egrpo_jax.training.loop import NotFiniteError, train
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; by default runs/<config.name>.")
+FLAGS = flags.FlagValues()
+CONFIG = cli.define_config(FLAGS)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; by default runs/<config.name>.", flag_values=FLAGS
+)
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Go on with a workdir that was made with another config."
+    "allow_config_change", False, "Go on with a workdir that was made with another config.", flag_values=FLAGS
 )
 
 
 def main() -> None:
-    config = from_config_dict(TrainConfig, cli.CONFIG.value)
+    """Trains, and tells how it ended."""
+    config = from_config_dict(TrainConfig, CONFIG.value)
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
@@ -37,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

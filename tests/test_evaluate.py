@@ -192,6 +192,21 @@ def test_large_pictures_are_kept_small(monkeypatch):
     assert {picture.shape for p in results(judging()).pairs for picture in p.pictures} == {(2, 2, 3)}
 
 
+def infinite_for_trees(images, prompts):
+    """`toy.brightness`, but for one prompt infinite."""
+    return np.where([prompt == "tree" for prompt in prompts], np.inf, toy.brightness(images, prompts))
+
+
+def test_an_infinite_score_is_a_missing_one():
+    judged = Judging({"infinite": infinite_for_trees}, judge="infinite")
+    found = results(judged)
+    (row,) = compare_all(found.scores, judged, trained=())
+    assert (row.prompts, row.missing) == (len(PROMPTS) - 1, 1)
+    lines = [json.loads(line) for line in score_lines(PROMPTS, found.scores).splitlines()]
+    assert [line["prompt"] for line in lines if line["tuned"]["infinite"] is None] == ["tree"]
+    assert "tree" not in [shown.prompt for shown in found.pairs]
+
+
 def test_features_of_the_emoji_towers_measure_diversity():
     tower = load_reward("emoji_judge")
     encode = features_of("emoji_judge", tower)
@@ -217,6 +232,9 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
         protocol.trained_rewards(config.rewards.train, tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
+        protocol.trained_rewards(config.rewards.train, tmp_path)
+    (tmp_path / "config.json").write_text('{"rewards": 3}')
+    with pytest.raises(UserError, match=r"config\.json has no rewards\.train"):
         protocol.trained_rewards(config.rewards.train, tmp_path)
 
 
@@ -256,7 +274,7 @@ def workdir(tmp_path_factory):
 
 def run(out, *arguments):
     small = ["--steps=2", "--batch=4", "--rewards=emoji,emoji_judge"]
-    return programs.run("evaluate", "--config=configs/emoji.py", f"--out={out}", *small, *arguments)
+    return programs.call("evaluate", f"--out={out}", *small, *arguments)
 
 
 @pytest.mark.slow
@@ -287,10 +305,24 @@ def test_the_embedded_model_twice_with_equal_bytes(tmp_path, workdir):
         assert picture.width > 160
 
 
+def test_one_prompt_has_no_interval(tmp_path, workdir):
+    done = run(tmp_path / "out", f"--workdir={workdir}", "--prompt=red heart, or not")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["protocol"]["prompts"]["source"] == "--prompt"
+    for row in table["scores"]:
+        assert row["prompts"] == 1
+        assert row["change"]["mean"] is not None
+        assert (row["change"]["low"], row["change"]["high"]) == (None, None)
+    assert " [none] |" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--seed=4294967295", "--samples=2"], "--seed=4294967295 --samples=2: the last seed is 4294967295"),
+        (["--prompt=a", "--prompt_file=emoji_heldout"], "found both"),
         (["--diversity=emoji_judge"], "--diversity needs at least 2 images of each prompt, found --samples=1"),
         (["--rewards=nothing"], "unknown reward 'nothing'"),
         (["--out={}/file/x"], "cannot write {}/file/x"),
@@ -298,7 +330,11 @@ def test_the_embedded_model_twice_with_equal_bytes(tmp_path, workdir):
 )
 def test_bad_input(tmp_path, arguments, message):
     (tmp_path / "file").write_text("")
-    done = run(tmp_path / "out", *(argument.replace("{}", str(tmp_path)) for argument in arguments))
+    done = run(
+        tmp_path / "out",
+        "--config=configs/emoji.py",
+        *(argument.replace("{}", str(tmp_path)) for argument in arguments),
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert message.replace("{}", str(tmp_path)) in line

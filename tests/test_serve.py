@@ -39,7 +39,7 @@ def flags(monkeypatch):
     """Sets the program's flags."""
 
     def put(config=None, **values):
-        monkeypatch.setattr(serve.cli, "CONFIG", SimpleNamespace(value=config))
+        monkeypatch.setattr(serve, "CONFIG", SimpleNamespace(value=config))
         for name, value in ({"reward": "jpeg_compressibility", "host": "127.0.0.1", "port": 0} | values).items():
             monkeypatch.setattr(serve, name.upper(), SimpleNamespace(value=value))
 

@@ -1,5 +1,5 @@
 """How a program starts: its flags, and what happens with a user's mistake."""
 
-from egrpo_jax.cli.program import CONFIG, run
+from egrpo_jax.cli.program import define_config, run
 
-__all__ = ["CONFIG", "run"]
+__all__ = ["define_config", "run"]

@@ -1,65 +1,142 @@
-"""How every program starts: flags, and what happens with a user's mistake."""
+"""How every program starts and ends: its flags, and what happens with a user's mistake or a full disk.
+
+A program has a `FlagValues` of its own, so that several can be imported together.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from egrpo_jax.cli.usage import usage
 from egrpo_jax.common.errors import UserError
 
-# New keys are let in here, so that `from_config_dict` names the wrong ones, and a dict field can be given more entries.
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file; a part after ':' goes to its get_config.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_HELP = {"--help", "-help", "-h", "--helpfull", "-helpfull"}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def run(main: Callable[[], None], required: Sequence[str] = ("config",)) -> None:
-    """Parses the flags and calls `main`; a `UserError` becomes one line on stderr and exit code 2."""
-    flags.mark_flags_as_required(required)
-    app.run(lambda _: _exit_on_user_error(main), flags_parser=_parse_flags)
+def define_config(values: flags.FlagValues, required: bool = True) -> flags.FlagHolder[Any]:
+    """Defines --config among `values`, and with it --config.KEY for every key of the file; a ConfigDict or None."""
+    # New keys are let in, so that `from_config_dict` names the wrong ones, and a dict field can be given more entries.
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file; a part after ':' goes to its get_config. --config.KEY=VALUE after it changes a key.",
+        flag_values=values,
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+    if required:
+        flags.mark_flag_as_required("config", values)
+    return holder
 
 
-def _exit_on_user_error(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], values: flags.FlagValues) -> None:
+    """Parses the command line into `values`, calls `main`, and ends the process where that is not all.
+
+    What is no bug ends in one line on stderr: a `UserError` and a full disk with exit code 2, Ctrl-C with 130. A reader
+    of the output that has gone (`| head`) ends it with 141 and no line. --help prints the docstring of `main`'s module
+    and the flags.
+    """
+    _open_closed_streams()
+    with _one_line_for_what_is_no_bug():
+        _restore_interrupts()
+        try:
+            if _HELP & set(sys.argv[1:]):
+                print(usage(sys.modules[main.__module__].__doc__ or "", values))
+                return
+            _parse(values, sys.argv)
+            main()
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong is still told
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """absl's parser, but whatever a flag or a config file does wrong is a UserError. Raises UserError."""
     try:
-        main()
-    except UserError as error:
-        _fail(error)
-
-
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, but whatever a flag or a config file does wrong is one line, not a traceback."""
-    try:
-        extra = flags.FLAGS(argv)
-        if CONFIG.value is not None:
-            CONFIG.value.keys()  # a file that cannot be read is reported at its first use only
-    except UserError as error:
-        _fail(error)
+        extra = values(argv)
+        if values["config"].value is not None:
+            values["config"].value.keys()  # a file that cannot be read is reported at its first use only
+    except UserError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise UserError(f"--{error.flagname} changes a config file; name that with --config before it") from None
+        raise UserError(str(error)) from None
     except flags.Error as error:
         # A TypeError or ValueError of the config file comes as a whole traceback.
-        _fail(f"--config: {_last_line(error)}" if "Traceback" in str(error) else error)
+        message = f"--config: {_last_line(error)}" if "Traceback" in str(error) else str(error)
+        raise UserError(message) from None
     except OSError as error:
-        _fail(f"--config: {_last_line(error)}")
+        raise UserError(f"--config: {_last_line(error)}") from None
     except Exception as error:  # ml_collections runs the config file while parsing: the user's code raises anything
-        _fail(f"--config: {type(error).__name__}: {error}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step at level INFO
+        raise UserError(f"--config: {type(error).__name__}: {error}") from None
     if extra[1:]:
-        _fail(f"unexpected argument {extra[1]!r}; every option is a --flag")
-    return extra
+        raise UserError(f"unexpected argument {extra[1]!r}; every option is a --flag")
 
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _fail(error: object) -> NoReturn:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+@contextlib.contextmanager
+def _one_line_for_what_is_no_bug() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends what the interpreter still waits for
+        _leave("interrupted", 128 + signal.SIGINT)
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if (full := _full_disk(error)) is None:
+            raise
+        _drop_output()
+        _leave(f"error: {full}", 2)
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Where the disk is full, if that is why `error` came, itself or by what it came from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        if os.strerror(errno.ENOSPC) in str(error):  # as C++ libraries tell it
+            return f"cannot write: {os.strerror(errno.ENOSPC)} ({str(error).splitlines()[0][:100]})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Leads a stream that was closed (`>&-`) nowhere, lest the first file that is opened takes its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Leads what is still buffered for stdout nowhere, lest it fails again when the interpreter ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _restore_interrupts() -> None:
+    """Lets Ctrl-C raise KeyboardInterrupt: during imports it ended the process (egrpo_jax/__init__.py)."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,27 +1,21 @@
-"""The flags that `sample` and `evaluate` have in common: whose images, and how they are sampled."""
+"""Flags of programs that sample: which prompts, from which noise, in which steps."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from absl import flags
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.training.config import TrainConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The training run whose weights are taken.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-STEPS = flags.DEFINE_integer("steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1)
-SCHEDULE = flags.DEFINE_enum(
-    "schedule",
-    "training",
-    ["training", "pipeline"],
-    "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
-)
-BATCH = flags.DEFINE_integer("batch", None, "Prompts sampled at once; by default as in evaluations.", lower_bound=1)
+LAST_SEED = 2**32 - 1
+"""JAX's keys are of 32 bits: greater seeds would be others again."""
 
 
 class Sampling(NamedTuple):
@@ -36,17 +30,85 @@ class Sampling(NamedTuple):
         return Sampler(pipeline, shifted_times(self.steps, self.shift), self.batch)
 
 
-def chosen_sampling(config: TrainConfig, pipeline: Pipeline, num_prompts: int) -> Sampling:
-    """What the flags name. Raises UserError if the model has no schedule of its own and --schedule asks for it."""
-    batch = BATCH.value or min(config.evaluation.batch, num_prompts)
-    return Sampling(batch, STEPS.value or config.plan.num_steps, _shift(config, pipeline))
+class SamplingFlags:
+    """The flags --prompt, --prompt_file, --seed, --steps, --schedule and --batch."""
 
-
-def _shift(config: TrainConfig, pipeline: Pipeline) -> float:
-    if SCHEDULE.value == "training":
-        return config.plan.shift
-    if pipeline.sampling_shift is None:
-        raise UserError(
-            f"--schedule=pipeline: the model {config.model.name!r} has no schedule of its own; use training"
+    def __init__(self, values: flags.FlagValues):
+        self._prompt = flags.DEFINE_multi_string("prompt", None, "A prompt", flag_values=values)
+        self._file = flags.DEFINE_string(
+            "prompt_file",
+            None,
+            "Prompts from a file (txt, JSON, JSONL, CSV or TSV) or a built-in set.",
+            flag_values=values,
         )
-    return pipeline.sampling_shift
+        self._seed = flags.DEFINE_integer(
+            "seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=LAST_SEED, flag_values=values
+        )
+        self._steps = flags.DEFINE_integer(
+            "steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1, flag_values=values
+        )
+        self._schedule = flags.DEFINE_enum(
+            "schedule",
+            "training",
+            ["training", "pipeline"],
+            "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
+            flag_values=values,
+        )
+        self._batch = flags.DEFINE_integer(
+            "batch",
+            None,
+            "Most prompts sampled at once; by default as in evaluations.",
+            lower_bound=1,
+            flag_values=values,
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise, of 32 bits."""
+        return self._seed.value
+
+    @property
+    def schedule(self) -> str:
+        """The name of the time grid."""
+        return self._schedule.value
+
+    def prompts(self, default: str | None = None) -> tuple[str, list[str]]:
+        """Where the prompts are from, and they; of the file or built-in set `default` if the flags name none.
+
+        Raises:
+          UserError: both flags are given, or neither and there is no default, or what they name has no prompt.
+        """
+        given = self._prompt.value
+        if given and self._file.value is not None:
+            raise UserError("expected --prompt, once for each prompt, or --prompt_file, found both")
+        if given:
+            return "--prompt", [_checked(prompt) for prompt in given]
+        source = self._file.value or default
+        if source is None:
+            raise UserError("expected --prompt, once for each prompt, or --prompt_file")
+        return source, read_prompts(source)
+
+    def sampling(self, config: TrainConfig, pipeline: Pipeline, num_prompts: int) -> Sampling:
+        """What the flags name. Raises UserError if the model has no schedule of its own and it is asked for."""
+        most = self._batch.value or config.evaluation.batch
+        batch = math.ceil(num_prompts / math.ceil(num_prompts / most))  # as even as can be: little is filled up
+        return Sampling(batch, self._steps.value or config.plan.num_steps, self._shift(config, pipeline))
+
+    def _shift(self, config: TrainConfig, pipeline: Pipeline) -> float:
+        if self.schedule == "training":
+            return config.plan.shift
+        if pipeline.sampling_shift is None:
+            raise UserError(
+                f"--schedule=pipeline: the model {config.model.name!r} has no schedule of its own; use training"
+            )
+        return pipeline.sampling_shift
+
+
+def _checked(prompt: str) -> str:
+    if not prompt.strip():
+        raise UserError(f"--prompt: found {prompt!r}, expected a text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt: found {prompt!r}, expected UTF-8") from None
+    return prompt.strip()

@@ -13,20 +13,25 @@ MAGENTA = (255, 0, 255)
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
-    """Floats in [0, 1], of any shape, as uint8: clipped, scaled by 255 and rounded.
+    """Floats in [0, 1], of any shape, as uint8: clipped, scaled by 255 and rounded. uint8 stays.
 
     Raises:
       ValueError: a value is nan or infinite, which no pixel can show.
     """
-    values = np.asarray(images, np.float32)
+    values = np.asarray(images)
+    if values.dtype == np.uint8:
+        return values
+    values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"expected finite pixels, found nan or infinity in images {values.shape}")
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def to_display(images: ArrayLike) -> np.ndarray:
-    """`images [B, H, W, 3]` in [0, 1] as uint8 for people, who see one that is not finite in all magenta."""
-    values = np.asarray(images, np.float32)
+    """`images [B, H, W, 3]`, uint8 or in [0, 1], as uint8 for people, who see one that is not finite in all magenta."""
+    values = np.asarray(images)
+    if values.dtype == np.uint8:
+        return values
     finite = np.asarray(finite_images(values))
     levels = to_uint8(np.where(finite[:, None, None, None], values, 0))
     levels[~finite] = MAGENTA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +18,7 @@ from egrpo_jax.evaluation import statistics as comparison
 from egrpo_jax.pipelines import ModelConfig, Pipeline
 from egrpo_jax.rewards import ScorersConfig
 from egrpo_jax.rewards.registry import BUILT_IN
+from egrpo_jax.run.workdir import recorded_config
 
 INTERVALS = f"95 % percentile bootstrap over prompts, {comparison.RESAMPLES} resamples, seed {comparison.SEED}"
 
@@ -31,13 +31,10 @@ def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[
     """
     if workdir is None:
         return configured
-    path = workdir / "config.json"
     try:
-        return tuple(json.loads(path.read_text("utf-8"))["rewards"]["train"])
-    except FileNotFoundError:
-        raise UserError(f"found no config.json in {workdir}, expected the workdir of a training run") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path} ({error}), expected the config of a training run") from None
+        return tuple(recorded_config(workdir)["rewards"]["train"])
+    except (KeyError, TypeError):
+        raise UserError(f"{workdir / 'config.json'} has no rewards.train; expected a training run's config") from None
 
 
 def describe_prompts(source: str, prompts: Sequence[str]) -> dict[str, Any]:
@@ -77,8 +74,11 @@ def environment() -> dict[str, str]:
 
 
 def public_config(record: dict[str, Any]) -> dict[str, Any]:
-    """The config `record`, nested mappings, without the query of a server's URL: that may be secret."""
-    record = copy.deepcopy(record)
+    """The config `record`, nested mappings, as strict JSON has it: an infinite value is a word.
+
+    A server's URL is without its query, which may be secret.
+    """
+    record = json.loads(json.dumps(record), parse_constant=str)
     for remote in record["scorers"]["remote"].values():
         remote["url"] = _bare(remote["url"])
     return record

@@ -134,7 +134,8 @@ def _scores(judging: Judging, batch: _Batch, count: int) -> Scores:
             raise UserError(
                 f"the reward {name!r} gave scores {columns[0].shape} for {count} images, expected [{count}]"
             )
-        scores[name] = np.stack(columns, axis=1)
+        stacked = np.stack(columns, axis=1)
+        scores[name] = np.where(np.isfinite(stacked), stacked, math.nan)  # an infinite score is none
     if judging.features is not None:
         distances = diversity(np.stack(batch.features, axis=1))
         scores[judging.diversity] = np.repeat(distances[:, None], judging.samples, axis=1)

@@ -21,7 +21,7 @@ _AT_ONCE = 2**20
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval; all nan if there is nothing to average."""
+    """A mean and its 95 % interval: nan for one value, which says nothing about others; for none, the mean too."""
 
     mean: float
     low: float
@@ -59,8 +59,9 @@ def bootstrap(values: np.ndarray) -> list[Estimate]:
       values: `[P, C]`, finite.
     """
     count, columns = values.shape
-    if not count:
-        return [Estimate(math.nan, math.nan, math.nan)] * columns
+    if count < 2:
+        means = values[0] if count else np.full(columns, math.nan)
+        return [Estimate(float(mean), math.nan, math.nan) for mean in means]
     draws, at_once = np.random.default_rng(SEED), max(1, _AT_ONCE // count)
     means = np.concatenate(
         [
@@ -130,6 +131,8 @@ def _numbers(row: Comparison) -> list[str]:
 def _show(estimate: Estimate, style: str) -> str:
     if math.isnan(estimate.mean):
         return "none"
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:{style}} [none]"
     return f"{estimate.mean:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
 
 

@@ -1,4 +1,4 @@
-"""Images for people: uint8, captioned grids, before and after, PNG files."""
+"""Images for people: uint8, captioned grids, before and after, files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.images import to_display
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""What Pillow calls the format of a file, by its ending."""
+_QUALITY = 95
+"""Of JPEG and WebP."""
 _GAP = 8
 _FONT_SIZE = 15
 _LINE = 19
@@ -32,7 +37,7 @@ def grid(
     """All images in rows of `columns`, each above its caption.
 
     Args:
-      images: [B, H, W, 3] in [0, 1].
+      images: [B, H, W, 3] in [0, 1], or uint8.
       columns: images per row.
       captions: B texts, wrapped to the width of an image and cut after three lines.
       scale: whole factor of enlargement, the pixels staying sharp squares; by default images below 160 pixels are
@@ -59,8 +64,8 @@ def before_after(
     """Bands of up to eight images before, the same after below them, and the captions underneath.
 
     Args:
-      before: [B, H, W, 3] in [0, 1].
-      after: [B, H, W, 3] in [0, 1].
+      before: [B, H, W, 3] in [0, 1], or uint8.
+      after: [B, H, W, 3] in [0, 1], or uint8.
       captions: B texts.
       title: stands above, and should say how the images were chosen.
       labels: of the two rows.
@@ -87,10 +92,14 @@ def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes `image` to `path`, whole or not at all. Raises UserError if that cannot be written."""
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes `image` to `path`, in the format of its ending, one of `FORMATS`, whole or not at all.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=FORMATS[Path(path).suffix.lower()], quality=_QUALITY)
     atomic_write(path, buffer.getvalue())
 
 

@@ -25,34 +25,49 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Mapping[str, Any], al
     path = Path(workdir) / "config.json"
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if path.exists():
-        try:
-            recorded = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {first_line(error)}; delete it to record this config anew") from error
-        differences = _differences(_flatten(recorded), _flatten(json.loads(text)))
-        if not differences:
+        changes = differences(recorded_config(workdir), json.loads(text))
+        if not changes:
             return
         if not allow_change:
             raise UserError(
-                f"{workdir} was made with another config: {'; '.join(differences)}; "
+                f"{workdir} was made with another config: {describe(changes)}; "
                 "pass --allow_config_change to go on with the new values, or choose another workdir"
             )
     atomic_write(path, text)
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of nested mappings; an empty mapping is a value."""
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    flat = {}
-    for key, value in config.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
-    return flat
+def recorded_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config that the run in `workdir` was made with, as `claim_workdir` recorded it: nested mappings, lists.
+
+    Raises:
+      UserError: there is no record, or it is damaged.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"found no config.json in {workdir}, expected the workdir of a training run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}; expected the config of a training run") from None
+    if not isinstance(record, dict):
+        raise UserError(f"cannot read {path}: found a {type(record).__name__}, expected the config of a training run")
+    return record
 
 
-def _differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    def show(values: Mapping[str, Any], key: str) -> str:
-        return repr(values[key]) if key in values else "nothing"
+def differences(recorded: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[str, str]]:
+    """{dotted name: (recorded, given)}, as they are written, of what differs in nested mappings of JSON values."""
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted({*recorded, *given}):
+        sides = recorded.get(key), given.get(key)
+        if isinstance(sides[0], Mapping) and isinstance(sides[1], Mapping):
+            found |= differences(sides[0], sides[1], f"{prefix}{key}.")
+            continue
+        was, now = (repr(values[key]) if key in values else "nothing" for values in (recorded, given))
+        if was != now:
+            found[prefix + key] = (was, now)
+    return found
 
-    keys = sorted(key for key in {*recorded, *config} if show(recorded, key) != show(config, key))
-    return [f"{key} was {show(recorded, key)}, now {show(config, key)}" for key in keys]
+
+def describe(changes: Mapping[str, tuple[str, str]]) -> str:
+    """The `differences` in words."""
+    return "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changes.items())

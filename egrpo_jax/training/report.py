@@ -51,7 +51,7 @@ def evaluate(
     kept = kept_prompts(job)
     shown = even_places(len(kept), SHOWN)
     sheet = images.grid(_floats(history[-1])[shown], math.ceil(math.sqrt(len(shown))), [kept[i] for i in shown])
-    images.save_png(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
+    images.save_image(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
     for line in parted_rewards(history, job.config.rewards.train, job.config.rewards.heldout):
         tqdm.tqdm.write(f"warning: iteration {progress.iteration}: {line}", file=sys.stderr)
     return evaluation_metrics(history[0], history[-1])
@@ -137,5 +137,5 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         config.plan.entropy_threshold,
         workdir / "entropy.png",
     )
-    images.save_png(before_after(job, first, last), workdir / "before_after.png")
+    images.save_image(before_after(job, first, last), workdir / "before_after.png")
     print(f"pictures: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")

@@ -95,6 +95,12 @@ def test_no_score_at_all():
     assert json.loads(json.dumps(as_json(row), allow_nan=False))["base"] == {"mean": None, "low": None, "high": None}
 
 
+def test_one_prompt_has_a_mean_and_no_interval():
+    row = compare("hps", "held out", np.array([[0.25]]), np.array([[0.75]]))
+    assert "| 0.2500 [none] | 0.7500 [none] | +0.5000 [none] | 100.0% [none] | 1 | 0 |" in markdown([row])
+    assert as_json(row)["change"] == {"mean": 0.5, "low": None, "high": None}
+
+
 def test_diversity_is_the_mean_over_pairs():
     features = np.random.default_rng(0).normal(size=(3, 4, 8))
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
@@ -109,18 +115,18 @@ def test_diversity_of_one_image_and_of_opposites():
 
 
 def test_table_of_two_models():
-    both = compare("hps", "held out", np.array([[0.25]]), np.array([[0.75]]))
+    both = compare("hps", "held out", np.array([[0.25]] * 2), np.array([[0.75]] * 2))
     assert markdown([both]).splitlines() == [
         "| score | role | base | tuned | change | win rate | prompts | missing |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| hps | held out | 0.2500 [0.2500, 0.2500] | 0.7500 [0.7500, 0.7500] | +0.5000 [+0.5000, +0.5000] "
-        "| 100.0% [100.0%, 100.0%] | 1 | 0 |",
+        "| 100.0% [100.0%, 100.0%] | 2 | 0 |",
     ]
 
 
 def test_table_of_one_model_has_no_empty_columns():
-    alone = compare("hps", "held out", np.array([[0.25]]), None)
+    alone = compare("hps", "held out", np.array([[0.25]] * 2), None)
     head, _, row = markdown([alone]).splitlines()
     assert head == "| score | role | base | prompts | missing |"
-    assert row == "| hps | held out | 0.2500 [0.2500, 0.2500] | 1 | 0 |"
+    assert row == "| hps | held out | 0.2500 [0.2500, 0.2500] | 2 | 0 |"
     assert as_json(alone)["win_rate"] is None

@@ -4,7 +4,7 @@ from PIL import Image
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.images import to_uint8
-from egrpo_jax.figures.grids import before_after, grid, save_png, stack
+from egrpo_jax.figures.grids import before_after, grid, save_image, stack
 
 
 def flat(*values, size=32):
@@ -113,10 +113,15 @@ def test_wrong_shapes():
         grid(flat(0.5, 0.5), 1, ["only one"])
 
 
+def test_uint8_images_are_shown_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(grid(images, 2)), np.asarray(grid(images / 255, 2)))
+
+
 def test_saves_a_png(tmp_path):
     image = grid(flat(0.5), 1)
-    save_png(image, tmp_path / "new" / "image.png")
+    save_image(image, tmp_path / "new" / "image.png")
     with Image.open(tmp_path / "new" / "image.png") as found:
         np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
     with pytest.raises(UserError, match=r"cannot write .*image.png/below.png"):
-        save_png(image, tmp_path / "new" / "image.png" / "below.png")
+        save_image(image, tmp_path / "new" / "image.png" / "below.png")

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -6,25 +7,50 @@ from pathlib import Path
 import pytest
 
 import egrpo_jax
+from tests import programs
 
-PROGRAM = """
-import dataclasses
+PROGRAM = '''
+"""Prints a job."""
+import errno
+import os
+import signal
+import sys
+from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
 from job import Job
 
+FLAGS = flags.FlagValues()
+CONFIG = cli.define_config(FLAGS)
+TO = flags.DEFINE_enum("to", "here", ["here", "there"], "Where it is printed.", flag_values=FLAGS)
+
 def main():
-    job = from_config_dict(Job, cli.CONFIG.value)
+    job = from_config_dict(Job, CONFIG.value)
     if job.steps == 13:
         raise UserError("thirteen steps\\nare too many")
     if job.steps == 14:
         raise RuntimeError("a bug")
+    if job.steps == 15:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    if job.steps == 16:
+        raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
+    if job.steps == 17:
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device [source]\\nmore")
+        except ValueError as error:
+            raise RuntimeError("cannot save") from error
+    for _ in range(job.steps // 1000):
+        print("x" * 1000)
+    if job.steps == 18:
+        with open("opened", "w") as file:
+            print(file.fileno(), file=file)
     print(job)
 
 if __name__ == "__main__":
-    cli.run(main)
-"""
+    cli.run(main, FLAGS)
+'''
 JOB = """
 import dataclasses
 
@@ -69,10 +95,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(Path(egrpo_jax.__file__).parents[1])}
-    command = [sys.executable, "program.py", *arguments]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(egrpo_jax.__file__).parents[1])}
+
+
+def finished(command, folder, environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def start(folder, *arguments):
+    return finished([sys.executable, "program.py", *arguments], folder, ENVIRONMENT)
+
+
+def shell(folder, line):
+    """What a line of the shell prints to stderr, and its exit status."""
+    line = line.replace("PROGRAM", f"{sys.executable} program.py --config=good.py")
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    return done.stderr, done.returncode
 
 
 def test_runs_with_overrides(folder):
@@ -91,6 +131,7 @@ def test_runs_with_overrides(folder):
         (["--config=good.py", "--config.nope=1"], "config.nope: found 1, expected one of the keys active, clip, optim"),
         (["--config=good.py", "--config.optim.l=1"], "config.optim.l: found 1, expected one of the keys lr"),
         (["--config=good.py", "--config.nope.deep=1"], "--config: "),
+        (["--config.steps=1"], "--config.steps changes a config file; name that with --config before it"),
         (["--config=good.py", "--config.steps=many"], "flag --config.steps=many: "),
         (["--config=good.py", "--config.active=a"], "config.active[0]: found 'a', expected a value of type int"),
         (["--config=good.py", "--config.steps"], "Missing value for flag --config.steps"),
@@ -120,3 +161,58 @@ def test_a_bug_keeps_its_traceback(folder):
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "RuntimeError: a bug" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "-h"])
+def test_help_is_the_docstring_and_the_flags(folder, flag):
+    result = start(folder, flag)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Prints a job.\n")
+    for part in ("--config\n", "--to\n", "<here|there>: Where it is printed. (default: here)"):
+        assert part in result.stdout
+
+
+def test_ctrl_c_is_one_line(folder):
+    result = start(folder, "--config=good.py:15")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = finished(programs.command("sample"), programs.ROOT, os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_importing_the_package_leaves_ctrl_c_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (16, "cannot write weights.bin: No space left on device"),
+        (17, "cannot write: No space left on device (RESOURCE_EXHAUSTED: write: No space left on device [source])"),
+    ],
+)
+def test_a_full_disk_is_one_line(folder, steps, message):
+    result = start(folder, f"--config=good.py:{steps}")
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("steps", [10, 1_000_000])  # the output comes at the end, and on the way
+def test_output_that_nobody_reads_ends_the_program_silently(folder, steps):
+    assert shell(folder, f"PROGRAM:{steps} | true; exit ${{PIPESTATUS[0]}}") == ("", 141)
+
+
+@pytest.mark.parametrize("steps", [10, 1_000_000])
+def test_output_to_a_full_disk_is_one_line(folder, steps):
+    assert shell(folder, f"PROGRAM:{steps} > /dev/full") == (
+        "error: cannot write the output: No space left on device\n",
+        2,
+    )
+
+
+def test_a_closed_output_does_no_harm(folder):
+    assert shell(folder, "PROGRAM:18 >&-") == ("", 0)
+    assert int((folder / "opened").read_text()) > 2
+    assert shell(folder, "PROGRAM:13 2>&-") == ("", 2)
