@@ -3,7 +3,7 @@
     python -m egrpo_jax.encode --config configs/flux_lora.py --prompt_file prompts.txt --out embeddings
 
 Then `--config.model.flux.embeddings=embeddings` trains and samples without the text encoders. Each prompt is encoded
-once; a job that was interrupted goes on where it was, and prompts can be added later.
+once; a job that was interrupted goes on where it was, and prompts can be added later, by one job at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.lock import owned
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import make_mesh
@@ -44,9 +45,9 @@ def main() -> None:
     if config.model.name != "flux" or config.model.path is None:
         raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
     prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
-    options, mesh = config.model.flux, make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        encoder = FluxTextEncoder(pipeline_folder(config.model.path, text=True), options.text_tokens, options.dtype)
+    folder, options, mesh = pipeline_folder(config.model.path, text=True), config.model.flux, make_mesh(config.mesh)
+    with owned(OUT.value, "the folder of embeddings"), jax.set_mesh(mesh):
+        encoder = FluxTextEncoder(folder, options.text_tokens, options.dtype)
         made = write_embeddings(
             OUT.value,
             prompts,

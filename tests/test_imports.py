@@ -20,7 +20,7 @@ ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "rewards": "common models parallel data weights text",
     "pretraining": "common flow models data weights text rewards",
     "pipelines": "common flow models parallel data weights text",
-    "evaluation": "common flow rl parallel figures run rewards pipelines",
+    "evaluation": "common flow rl parallel figures run data rewards pipelines",
     "training": "common rl parallel figures run data rewards pipelines evaluation",
     "cli": "common flow run data pipelines evaluation training",
 }

@@ -102,6 +102,8 @@ def write_embeddings(
 ) -> int:
     """Adds the embeddings of `prompts` to `folder`, each prompt once; what is there already is not made again.
 
+    One process at a time may do so: `common.lock.owned`.
+
     Args:
       folder: made if it does not exist.
       prompts: in any number; repeated ones count once.

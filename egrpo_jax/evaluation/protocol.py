@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import jax
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.common.trees import partition
+from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.evaluation import statistics as comparison
 from egrpo_jax.pipelines import ModelConfig, Pipeline
 from egrpo_jax.rewards import ScorersConfig
@@ -38,9 +38,8 @@ def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[
 
 
 def describe_prompts(source: str, prompts: Sequence[str]) -> dict[str, Any]:
-    """Where the prompts are from, their number, and the hash of a text file with one of them a line."""
-    lines = "".join(f"{prompt}\n" for prompt in prompts)
-    return {"source": source, "count": len(prompts), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+    """Where the prompts are from, their number and hash."""
+    return {"source": source, "count": len(prompts), "sha256": prompts_hash(prompts)}
 
 
 def describe_model(config: ModelConfig, pipeline: Pipeline) -> dict[str, Any]:
