@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     Parent directories are made; text is UTF-8. Raises UserError if `path` cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # no longer than most names
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -43,7 +43,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(target)
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new folder, or remove it")
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    unfinished = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         try:
             unfinished.mkdir(parents=True)

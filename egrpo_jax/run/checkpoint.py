@@ -29,6 +29,8 @@ PyTree = Any
 
 # What Orbax and TensorStore raise for missing, truncated and garbled files, besides a bare Exception.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
+# Orbax logs, with its traceback, every error of the thread that writes, and raises it again when that is waited for.
+logging.get_absl_logger().addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 _NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED")
 
 
@@ -36,6 +38,7 @@ class Checkpoints:
     """The checkpoints of one run, in one directory. In a multi-host run every process makes the same calls.
 
     Attributes:
+      directory: where they lie.
       damaged: the damaged checkpoints that `restore_latest` found, where they now lie.
     """
 
@@ -44,12 +47,13 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, so that one damaged checkpoint loses little; found {keep}")
         self.damaged: list[Path] = []
-        self._directory = Path(directory).absolute()
+        self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise UserError(f"cannot write checkpoints in {self._directory}: {error.strerror}") from error
+            raise UserError(f"cannot write checkpoints in {self.directory}: {error.strerror}") from error
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
         """Copies `state` and writes it in the background; returns at once if `step` is already the newest.
@@ -60,11 +64,14 @@ class Checkpoints:
           meta: anything JSON can hold.
 
         Raises:
-          UserError: if the save before this one could not be written, e.g. on a full disk.
+          UserError: if the save before this one could not be written, e.g. on a full disk, or a number in `state` is
+            not finite: nothing could go on from there.
         """
         if step == self._manager.latest_step():
             return
         self.wait()
+        if broken := _not_finite(state):
+            raise UserError(f"{self.directory}: no checkpoint of step {step} is written: {broken} is not finite")
         record = json.loads(json.dumps({"fingerprint": _fingerprint(state), "meta": dict(meta)}))
         record["crc32"] = _crc32(record)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
@@ -76,7 +83,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors, with the reason at the end
             reason = str(error).rsplit(": ", 1)[-1]
-            raise UserError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
+            raise UserError(f"cannot write a checkpoint in {self.directory}: {reason}") from error
 
     def close(self) -> None:
         """Waits, and releases the threads. Raises UserError if the last save could not be written."""
@@ -113,7 +120,7 @@ class Checkpoints:
         if failures:
             steps, cause = ", ".join(map(str, failures)), first_line(next(iter(failures.values())))
             raise UserError(
-                f"every checkpoint in {self._directory} (steps {steps}) is damaged ({cause}); "
+                f"every checkpoint in {self.directory} (steps {steps}) is damaged ({cause}); "
                 "put a good copy there, or start over in another workdir"
             )
         return None
@@ -125,7 +132,7 @@ class Checkpoints:
         saved, meta, wanted = record["fingerprint"], record["meta"], _layout(target)
         if partial:
             saved = {path: entry for path, entry in saved.items() if path in wanted}
-        _check_same_model(self._directory / str(step), saved, wanted)
+        _check_same_model(self.directory / str(step), saved, wanted)
         restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
         state = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
         found = _fingerprint(state)
@@ -136,11 +143,11 @@ class Checkpoints:
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
         for step, error in failures.items():
-            number = sum(1 for _ in self._directory.glob(f"damaged-{step}-*"))
-            aside = self._directory / f"damaged-{step}-{number}"
+            number = sum(1 for _ in self.directory.glob(f"damaged-{step}-*"))
+            aside = self.directory / f"damaged-{step}-{number}"
             multihost_utils.sync_global_devices(f"damaged-{step}")  # every process has counted
             if jax.process_index() == 0:
-                (self._directory / str(step)).rename(aside)
+                (self.directory / str(step)).rename(aside)
             self.damaged.append(aside)
             logging.warning(
                 "checkpoint %d is damaged (%s); moved to %s, continuing from step %d",
@@ -179,16 +186,30 @@ def _crc32(record: Any) -> int:
 def _layout(state: PyTree) -> dict[str, list[Any]]:
     """{path: [dtype, shape]} of every leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): [str(jnp.result_type(leaf)), list(np.shape(leaf))]
-        for path, leaf in leaves
-    }
+    return {_name(path): [str(jnp.result_type(leaf)), list(np.shape(leaf))] for path, leaf in leaves}
 
 
 def _fingerprint(state: PyTree) -> dict[str, list[Any]]:
     """{path: [dtype, shape, checksum]}; the same for every sharding."""
     checksums = jax.device_get(_checksums(jax.tree.leaves(state)))
     return {path: [*entry, int(value)] for (path, entry), value in zip(_layout(state).items(), checksums, strict=True)}
+
+
+def _not_finite(state: PyTree) -> str | None:
+    """The path of the first leaf with a nan or an infinity."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+    broken = (path for (path, _), is_finite in zip(leaves, finite, strict=True) if not is_finite)
+    return next((_name(path) for path in broken), None)
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(jnp.asarray(leaf)).all() for leaf in leaves]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @jax.jit

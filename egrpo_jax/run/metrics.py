@@ -1,4 +1,4 @@
-"""What a run writes down: one line of numbers per iteration, seconds per phase, device memory, and an interval.
+"""Metrics of a run: one line of numbers for each iteration.
 
 `metrics.jsonl` is the record; TensorBoard and W&B get the same numbers. It is strict JSON: a number that is not finite
 is written as null, which any parser reads, and `read_metrics` gives it back as nan.
@@ -6,15 +6,21 @@ is written as null, which any parser reads, and `read_metrics` gives it back as 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
@@ -38,36 +44,90 @@ class MetricsWriter:
         Raises:
           UserError: if the files cannot be read or written, or `wandb` is asked for and not installed.
         """
-        workdir, last = Path(workdir), -1 if resume_step is None else resume_step
-        path = workdir / "metrics.jsonl"
+        self._workdir, last = Path(workdir), -1 if resume_step is None else resume_step
+        path = self._workdir / "metrics.jsonl"
         kept = [line for line, values in _complete_lines(path) if values["iteration"] <= last]
         atomic_write(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-        # The suffix keeps two starts within one second from writing the same file.
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tb"), purge_step=last + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
-        )
-        self._wandb = _start_wandb(workdir) if wandb else None
+        with self._written():
+            # Unbuffered: what a full disk refuses is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
+            self._tensorboard = TensorBoardWriter(self._workdir / "tb", first=last + 1)
+        self._wandb = _start_wandb(self._workdir) if wandb else None
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Writes the numbers of one iteration, names such as "reward/hps/mean"; on disk when it returns."""
+        """Writes the numbers of one iteration, names such as "reward/hps/mean"; on disk when it returns.
+
+        Raises:
+          UserError: they cannot be written, to a full disk, say; the file then still ends with a whole line.
+        """
         values = {name: float(value) for name, value in metrics.items()}
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"iteration": iteration, **record}, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):  # tensorboardX logs a warning of its own for each that is not
-                self._tensorboard.add_scalar(name, value, iteration)
-        self._tensorboard.flush()
+        line = (json.dumps({"iteration": iteration, **record}, allow_nan=False) + "\n").encode()
+        with self._written():
+            _append(self._file, line)
+            self._tensorboard.write(iteration, {name: value for name, value in values.items() if math.isfinite(value)})
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
 
     def close(self) -> None:
         """Closes the files and finishes the W&B run."""
-        self._file.close()
-        self._tensorboard.close()
+        with self._written():
+            self._file.close()
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write metrics in {self._workdir}: {error.strerror}") from error
+
+
+class TensorBoardWriter:
+    """Scalars in one new event file, each on disk at once.
+
+    tensorboardX's SummaryWriter leaves that to a thread, which a full disk ends with a traceback.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        """Makes a file in `folder`, in place of all that others have from step `first` on. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # The suffix keeps two starts within one second from writing the same file.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        self._records = RecordWriter(str(folder / name))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes finite `values`; on disk when it returns. Raises OSError."""
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+    def _write(self, event: Event) -> None:
+        try:
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # the same again, for what is still in the file's buffer
+                self._records.close()
+            raise
+
+
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Appends all of `content` to the unbuffered `file`, or nothing. Raises OSError."""
+    end, written = file.seek(0, os.SEEK_END), 0
+    try:
+        while written < len(content):
+            written += file.write(content[written:])
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def _start_wandb(workdir: Path) -> Any:
@@ -83,23 +143,30 @@ def _start_wandb(workdir: Path) -> Any:
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of `path` that was written whole, with its newline, and its values."""
-    if not path.exists():
-        return
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            return
-        try:
-            values = json.loads(line)
-            values["iteration"]
-        except (ValueError, TypeError, KeyError):
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last newline is nothing, or what a kill cut off
+        values = _parse(line)
+        if values is None:
             raise UserError(
-                f"{path}, line {number}: found {line[:60]!r}, expected a JSON object with an iteration"
-            ) from None
-        yield line, values
+                f"{path}, line {number}: found {line[:60]!r}, expected a JSON object of numbers with an iteration"
+            )
+        yield line + "\n", values
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """The values of a line, or None if no `MetricsWriter` wrote it."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("iteration")) is not int:
+        return None
+    return values if all(value is None or type(value) in (int, float) for value in values.values()) else None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -15,6 +15,8 @@ from egrpo_jax.common.errors import UserError, first_line
 def claim_workdir(workdir: str | os.PathLike[str], config: Mapping[str, Any], allow_change: bool) -> None:
     """Makes `workdir` and keeps `config` in its `config.json`, so that a run only goes on with the config it had.
 
+    A run that has saved nothing yet may start anew with a mended config.
+
     Args:
       config: nested mappings of JSON values, e.g. `ConfigDict.to_dict()`; tuples count as lists.
       allow_change: replace a record that differs.
@@ -22,18 +24,18 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Mapping[str, Any], al
     Raises:
       UserError: if the directory cannot be written, its record cannot be read, or differs from `config`.
     """
-    path = Path(workdir) / "config.json"
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if path.exists():
-        changes = differences(recorded_config(workdir), json.loads(text))
+    workdir, text = Path(workdir), json.dumps(config, indent=2, sort_keys=True) + "\n"
+    recorded = _read_record(workdir)
+    if recorded is not None:
+        changes = differences(recorded, json.loads(text))
         if not changes:
             return
-        if not allow_change:
+        if not allow_change and any((workdir / "checkpoints").glob("[0-9]*")):
             raise UserError(
                 f"{workdir} was made with another config: {describe(changes)}; "
                 "pass --allow_config_change to go on with the new values, or choose another workdir"
             )
-    atomic_write(path, text)
+    atomic_write(workdir / "config.json", text)
 
 
 def recorded_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,12 +44,19 @@ def recorded_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: there is no record, or it is damaged.
     """
-    path = Path(workdir) / "config.json"
+    record = _read_record(Path(workdir))
+    if record is None:
+        raise UserError(f"found no config.json in {workdir}, expected the workdir of a training run")
+    return record
+
+
+def _read_record(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "config.json"
     try:
         record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"found no config.json in {workdir}, expected the workdir of a training run") from None
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}; expected the config of a training run") from None
     if not isinstance(record, dict):
         raise UserError(f"cannot read {path}: found a {type(record).__name__}, expected the config of a training run")

@@ -1,5 +1,4 @@
 import gc
-import json
 import os
 import resource
 import shutil
@@ -17,11 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import egrpo_jax
-from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.run.checkpoint import Checkpoints
-from egrpo_jax.run.preemption import PreemptionGuard
-from egrpo_jax.run.workdir import claim_workdir
 
 # When one array cannot be read, Orbax drops the reads of the others, and Python complains when it collects those.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -241,7 +237,25 @@ def test_a_directory_that_cannot_be_made(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-def test_a_full_disk(tmp_path):
+def test_a_file_in_place_of_the_directory(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=f"cannot write checkpoints in {tmp_path}/checkpoints: File exists"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": {"w": jnp.ones(3, dtype)}, "step": 1}, {})
+    broken = {"params": {"w": jnp.ones(3, dtype).at[1].set(value)}, "step": 2}
+    with pytest.raises(UserError, match=r"no checkpoint of step 2 is written: params\.w is not finite"):
+        checkpoints.save(2, broken, {})
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_full_disk(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path)
     state = {"x": jax.random.normal(jax.random.key(0), (1 << 16,))}
     checkpoints.save(1, state, {})
@@ -256,6 +270,7 @@ def test_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert "Traceback" not in capfd.readouterr().err
     assert checkpoints.restore_latest(state)[0] == 1
     checkpoints.save(3, state, {})
     checkpoints.close()
@@ -302,77 +317,3 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
         assert all(np.all(state[str(leaf)] == step + leaf) for leaf in range(4))
         assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
         newest = step
-
-
-CONFIG = {"lr": 1e-4, "steps": (1, 2), "model": {"depth": 3, "lora": None}, "rewards": {}}
-
-
-def test_claims_a_workdir(tmp_path):
-    workdir = tmp_path / "a" / "b"
-    claim_workdir(workdir, CONFIG, allow_change=False)
-    claim_workdir(workdir, CONFIG | {"steps": [1, 2]}, allow_change=False)
-    assert json.loads((workdir / "config.json").read_text())["model"] == {"depth": 3, "lora": None}
-
-
-def test_names_every_difference(tmp_path):
-    claim_workdir(tmp_path, CONFIG, allow_change=False)
-    changed = {"lr": 1e-4, "steps": (1, 3), "model": {"depth": 4, "lora": None, "width": 8}, "rewards": {"hps": 1.0}}
-    with pytest.raises(UserError) as error:
-        claim_workdir(tmp_path, changed, allow_change=False)
-    message = str(error.value)
-    for part in ("model.depth was 3, now 4", "model.width was nothing, now 8", "steps was [1, 2], now [1, 3]"):
-        assert part in message
-    assert "--allow_config_change" in message
-    assert "another workdir" in message
-    assert "\n" not in message
-    assert "lr" not in message
-    claim_workdir(tmp_path, changed, allow_change=True)
-    claim_workdir(tmp_path, changed, allow_change=False)
-
-
-def test_one_and_true_and_none_are_different_configs(tmp_path):
-    claim_workdir(tmp_path, {"a": 1, "b": None}, allow_change=False)
-    with pytest.raises(UserError, match="a was 1, now True; b was None, now nothing"):
-        claim_workdir(tmp_path, {"a": True}, allow_change=False)
-
-
-def test_workdirs_that_cannot_be_used(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}/file/run/config.json"):
-        claim_workdir(tmp_path / "file" / "run", CONFIG, allow_change=False)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}/config.json"):
-        claim_workdir(tmp_path, CONFIG, allow_change=False)
-
-
-def test_atomic_write(tmp_path):
-    path = tmp_path / "deep" / "file"
-    atomic_write(path, "näme\n")
-    assert path.read_bytes() == "näme\n".encode()
-    atomic_write(path, b"\x00\x01")
-    assert path.read_bytes() == b"\x00\x01"
-    assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(UserError, match="cannot write"):
-        atomic_write(path.parent, "a directory is there")
-    assert list(tmp_path.iterdir()) == [path.parent]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_preemption_sets_a_flag(number):
-    before = signal.getsignal(number)
-    with PreemptionGuard() as guard:
-        assert guard.requested is None
-        os.kill(os.getpid(), number)
-        assert guard.requested == number
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with PreemptionGuard() as guard:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert guard.requested == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before

@@ -1,8 +1,10 @@
+import gc
 import json
 import math
+import resource
+import signal
 import struct
 import sys
-import time
 from unittest import mock
 
 import jax
@@ -11,9 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.evaluation.statistics import paired_interval
 from egrpo_jax.run.metrics import MetricsWriter, read_metrics
-from egrpo_jax.run.timing import PhaseTimer, peak_device_memory, peak_flops
 
 
 def write_run(workdir, resume_step, iterations):
@@ -79,11 +79,46 @@ def test_each_line_is_readable_at_once_and_strict(tmp_path):
     writer.close()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tb"])
+def test_a_full_disk_is_one_line_and_leaves_whole_lines(tmp_path, capfd, name):
+    """A limit on the size of files stands for the disk: of the JSON lines, or of TensorBoard's, which are longer."""
+    writer = MetricsWriter(tmp_path, None)
+    metrics = {f"reward/{number}": 0.1 for number in range(20)} if name == "metrics.jsonl" else {"x": 0.1}
+    writer.write(1, metrics)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = len(before) + 10 if name == "metrics.jsonl" else 50
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"^cannot write metrics in {tmp_path}: File too large$"):
+            writer.write(2, metrics)
+        writer.close()
+        del writer
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
+    MetricsWriter(tmp_path, 1).write(2, metrics)
+    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_files_that_cannot_be_used(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(UserError, match="no such file"):
         read_metrics(path)
-    for line in ("garbage", "3", '{"loss": 1}'):
+    bad = (
+        "garbage",
+        "3",
+        "null",
+        '{"loss": 1}',
+        '{"iteration": null}',
+        '{"iteration": 2, "loss": "high"}',
+        "[" * 99999,
+    )
+    for line in bad:
         path.write_text('{"iteration": 1}\n' + line + '\n{"iteration": 3}\n')
         with pytest.raises(UserError, match=r"metrics.jsonl, line 2: found"):
             read_metrics(path)
@@ -112,67 +147,3 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     run = wandb.init.return_value
     assert run.log.call_args_list == 2 * [mock.call({"loss": 2.0}, step=1)]
     assert run.finish.call_count == 2
-
-
-def test_paired_interval_by_hand():
-    # Differences 1, 2, 3, 6: mean 3, s^2 = 14/3, and t(3 degrees of freedom, 0.975) = 3.182446.
-    mean, half = paired_interval([0, 0, 0, 0], np.array([1, 2, 3, 6]))
-    assert mean == pytest.approx(3)
-    assert half == pytest.approx(3.182446 * math.sqrt(14 / 3 / 4), rel=1e-6)
-    mean, half = paired_interval([1.0], [3.0])
-    assert mean == 2
-    assert math.isnan(half)
-    # A pair that lacks a value is left out.
-    assert paired_interval([0, 0, 0, np.nan, 0, 0], [1, 2, 3, 9, 6, np.nan]) == paired_interval([0] * 4, [1, 2, 3, 6])
-    assert np.isnan(paired_interval([np.nan], [1.0])).all()
-    for before, after in (([], []), ([1], [1, 2]), ([[1]], [[1]])):
-        with pytest.raises(ValueError, match="expected two arrays"):
-            paired_interval(before, after)
-
-
-def test_interval_covers_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    changes = 0.3 + generator.normal(size=(4000, 5))
-    intervals = [paired_interval(np.zeros(5), change) for change in changes]
-    covered = np.mean([abs(mean - 0.3) <= half for mean, half in intervals])
-    assert abs(covered - 0.95) < 0.011  # three standard errors
-
-
-def test_phases_add_up_and_start_anew(monkeypatch):
-    clock = iter([0.0, 1.0, 5.0, 5.5, 7.0, 7.25])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    timer = PhaseTimer()
-    for name in ("rollout", "update", "rollout"):
-        with timer.phase(name):
-            pass
-    assert timer.take() == {"seconds/rollout": 1.25, "seconds/update": 0.5}
-    assert timer.take() == {}
-
-
-def test_a_phase_that_fails_is_timed():
-    timer = PhaseTimer()
-    with pytest.raises(RuntimeError), timer.phase("reward"):
-        raise RuntimeError
-    assert timer.take()["seconds/reward"] >= 0
-
-
-def test_peak_memory(monkeypatch):
-    class Device:
-        def __init__(self, stats):
-            self.memory_stats = lambda: stats
-
-    for stats, expected in (
-        ([None], None),
-        ([{"bytes_in_use": 1}], None),
-        ([{"peak_bytes_in_use": 3}, {"peak_bytes_in_use": 5}], 5.0),
-    ):
-        monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [Device(values) for values in stats])
-        assert peak_device_memory() == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)],
-)
-def test_peak_of_known_chips(kind, peak):
-    assert peak_flops(kind) == peak
