@@ -7,9 +7,8 @@ over prompts, and, last, the mean change over the runs with its 95 % interval ov
 import sys
 from pathlib import Path
 
-import numpy as np
+import scipy.stats
 
-from egrpo_jax.evaluation.statistics import paired_interval
 from egrpo_jax.run.metrics import read_metrics
 
 
@@ -30,8 +29,8 @@ def main(workdirs: list[str]) -> None:
             cells.append(f"{before:.3f} → {after:.3f} ({change:+.3f} ± {width:.3f})")
         print(f"| {Path(workdir).name} | {last['iteration']:.0f} | " + " | ".join(cells) + " |")
     if len(runs) > 1:
-        means = [paired_interval(np.zeros(len(runs)), changes[reward]) for reward in rewards]
-        cells = [f"**{mean:+.3f} ± {width:.3f}**" for mean, width in means]
+        intervals = [scipy.stats.ttest_1samp(changes[reward], 0.0).confidence_interval() for reward in rewards]
+        cells = [f"**{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}**" for low, high in intervals]
         print(f"| mean of {len(runs)} | | " + " | ".join(cells) + " |")
 
 

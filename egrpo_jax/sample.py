@@ -22,6 +22,7 @@ from egrpo_jax import cli
 from egrpo_jax.cli.model import ModelFlags
 from egrpo_jax.cli.sampling import SamplingFlags
 from egrpo_jax.common.config import to_config_dict
+from egrpo_jax.evaluation.sampler import pixels
 from egrpo_jax.evaluation.samples import open_samples
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import Pipeline, load_pipeline
@@ -59,8 +60,8 @@ def main() -> None:
         done = samples.begin(settings | {"model": to_config_dict(config.model).to_dict()})
         sampler, key = sampling.sampler(pipeline), jax.random.key(SAMPLING.seed)
         with tqdm(total=len(prompts), initial=done, desc="sample", unit="image", disable=None) as bar:
-            for first, images in sampler.batches(params, prompts[done:], key, done):
-                samples.add(first, images)
+            for first, images in sampler(params, prompts[done:], key, done):
+                samples.add(first, pixels(images, prompts[first : first + len(images)]))
                 bar.update(len(images))
         samples.finish()
     print(f"{len(prompts)} images from {source}: {OUT.value}" + (f" ({done} were there already)" if done else ""))

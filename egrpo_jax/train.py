@@ -16,8 +16,8 @@ from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.iteration import MissingScoreError
-from egrpo_jax.training.loop import NotFiniteError, train
+from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError
+from egrpo_jax.training.loop import train
 
 FLAGS = flags.FlagValues()
 CONFIG = cli.define_config(FLAGS)

@@ -1,6 +1,9 @@
 """The training program on the toy flow: its record, its resumption after every kind of end, its refusals."""
 
 import base64
+import contextlib
+import dataclasses
+import gc
 import io
 import json
 import random
@@ -9,21 +12,30 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.metrics import read_metrics
+from egrpo_jax.training import job
 from egrpo_jax.training import loop as program
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.iteration import MissingScoreError
+from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError
+from egrpo_jax.training.job import make_job
+from egrpo_jax.training.state import start_or_resume
 from tests import fault_server, programs, toy
 
 ITERATIONS = 12
 TIMED = ("seconds/", "images_per_second")
+ONE_CALL = {"evaluation.every": 100, "evaluation.batch": 200}
+"""Evaluations that call a reward once."""
 
 
 def config(variant="", **changes):
@@ -162,11 +174,11 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(finished, tmp_path, 
     assert_same_end(workdir, finished)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_many_end_the_run(tmp_path):
-    changes = {"checkpoint.every": 1, "optim.max_skipped": 4, "evaluation.every": 100}
-    # Five evaluation and training calls are good: the evaluation before the first iteration, then four iterations.
-    toy.breaks_after_five.calls = 5
-    with pytest.raises(program.NotFiniteError, match=r"4 updates in a row .* not finite"):
+def test_iterations_without_scores_make_no_update_and_many_end_the_run(tmp_path):
+    changes = {"checkpoint.every": 1, "optim.max_skipped": 4, **ONE_CALL}
+    # Two tries on grey images, the evaluation before the first iteration and four iterations are good.
+    toy.breaks_after_five.calls = 7
+    with pytest.raises(NotFiniteError, match=r"4 updates in a row had no group with all of its scores"):
         program.train(config("breaks", **changes), tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line.get("skipped_updates") for line in lines[1:]] == [0, 0, 0, 0, 2, 4]
@@ -194,16 +206,17 @@ def test_rollouts_of_fewer_prompts_give_the_same_run(tmp_path):
 
 def test_a_reward_in_the_background_is_waited_for_after_the_last_rollout(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "unreliable", reward := toy.Unreliable())
-    changes = {"num_iterations": 1, "prompts_per_rollout": 4, "evaluation.every": 100}
+    changes = {"num_iterations": 1, "prompts_per_rollout": 4, **ONE_CALL}
     program.train(config("unreliable", **changes), tmp_path)
-    evaluation, iteration = reward.log[:2], reward.log[2:6]
-    assert evaluation == [("handed in", 0), ("waited for", 0)]
-    assert iteration == [("handed in", 1), ("handed in", 2), ("waited for", 1), ("waited for", 2)]
+    tries, evaluation, iteration = reward.log[:4], reward.log[4:6], reward.log[6:10]
+    assert tries == [("handed in", 0), ("waited for", 0), ("handed in", 1), ("waited for", 1)]
+    assert evaluation == [("handed in", 2), ("waited for", 2)]
+    assert iteration == [("handed in", 3), ("handed in", 4), ("waited for", 3), ("waited for", 4)]
 
 
 def test_a_group_without_a_score_is_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(2,)))
-    program.train(config("unreliable", num_iterations=3, **{"evaluation.every": 100}), tmp_path)
+    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(4,)))
+    program.train(config("unreliable", num_iterations=3, **ONE_CALL), tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [line["groups_left_out"] for line in lines] == [0, 1, 0]
     assert [line["reward/tests.toy:unreliable/missing"] for line in lines] == [0, 1, 0]
@@ -212,8 +225,8 @@ def test_a_group_without_a_score_is_left_out_and_counted(tmp_path, monkeypatch):
 
 
 def test_a_missing_score_ends_the_run_if_told_so_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(3,)))
-    changed = config("unreliable", num_iterations=4, **{"evaluation.every": 100, "rewards.on_missing": "fail"})
+    monkeypatch.setattr(toy, "unreliable", toy.Unreliable(fails=(5,)))
+    changed = config("unreliable", num_iterations=4, **ONE_CALL, **{"rewards.on_missing": "fail"})
     with pytest.raises(MissingScoreError, match=r"iteration 3: scores never came: 1 of tests\.toy:unreliable"):
         program.train(changed, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
@@ -257,6 +270,108 @@ def test_what_is_wrong_with_rewards_is_said_before_anything_is_loaded():
             config(**changes)
 
 
+def test_updates_that_would_break_the_parameters_end_the_run_and_the_last_good_ones_are_kept(tmp_path, monkeypatch):
+    made = job.make_optimizer
+
+    def breaks(config):
+        """Gradients stay finite, updates do not, from the second iteration on."""
+        optimizer = made(config)
+
+        def update(grads, state, params):
+            updates, new = optimizer.update(grads, state, params)
+            return optax.tree.scale(jnp.where(new[1].count > 2, jnp.inf, 1.0), updates), new
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    monkeypatch.setattr(job, "make_optimizer", breaks)
+    changes = {"checkpoint.every": 1, "optim.max_skipped": 4, "evaluation.every": 100}
+    with pytest.raises(NotFiniteError, match=r"iteration 3: 4 updates in a row had a loss or parameters that are not "):
+        program.train(config(**changes), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def diverging(_):
+    """The toy pipeline, whose images are nan once a parameter has moved."""
+    pipeline = toy.pipeline(None)
+    start = toy.params(width=12)["mix"]
+
+    def decode(params, latents):
+        return jnp.where((params["mix"] == start).all(), pipeline.decode(params, latents), jnp.nan)
+
+    return dataclasses.replace(pipeline, decode=decode)
+
+
+def test_a_diverged_policy_stops_the_run_and_does_not_look_like_a_lost_server(tmp_path):
+    changes = {"model.name": "tests.test_train:diverging", "evaluation.every": 100}
+    with pytest.raises(NotFiniteError, match="iteration 2: none of its 64 images is finite"):
+        program.train(config(**changes, **{"rewards.on_missing": "fail"}), tmp_path)
+
+
+def partly_broken(_):
+    """The toy pipeline, whose images are nan where their first latent is above one."""
+    pipeline = toy.pipeline(None)
+
+    def decode(params, latents):
+        broken = latents[:, :1, :1, None] > 1
+        return jnp.where(broken, jnp.nan, pipeline.decode(params, latents))
+
+    return dataclasses.replace(pipeline, decode=decode)
+
+
+def test_images_that_are_not_finite_are_counted_and_are_no_missing_scores(tmp_path):
+    changes = {"model.name": "tests.test_train:partly_broken", "num_iterations": 2, "rewards.on_missing": "fail"}
+    assert program.train(config(**changes), tmp_path) is None
+    lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert all(0 < line["images_not_finite"] < 64 for line in lines)
+    assert all(line["groups_left_out"] > 0 for line in lines)
+    assert {line["reward/tests.toy:redness/missing"] for line in lines} == {0}
+    assert all(np.isfinite(line["reward/tests.toy:redness/mean"]) for line in lines)
+
+
+def test_prompts_that_changed_under_the_same_name_are_noticed(tmp_path):
+    prompts, judged = tmp_path / "prompts.txt", tmp_path / "judged.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    judged.write_text("four\nfive\n")
+    changes = {"prompts": str(prompts), "evaluation.prompts": str(judged), "num_iterations": 1}
+    assert program.train(config(**changes), tmp_path / "run") is None
+    prompts.write_text("one\ntwo\nthrees\n")
+    with pytest.raises(UserError, match=r"prompts\.txt' are not those that the run was saved with"):
+        program.train(config(**changes), tmp_path / "run")
+    assert program.train(config(**changes), tmp_path / "run", allow_config_change=True) is None
+    judged.write_text("four\nfives\n")
+    with pytest.raises(UserError, match=r"000000\.npz is of other prompts"):
+        program.train(config(**changes), tmp_path / "run", allow_config_change=True)
+
+
+def test_two_runs_in_one_workdir(tmp_path):
+    process = programs.start("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
+    try:
+        assert wait_for(lambda: (tmp_path / "config.json").exists(), process)
+        with pytest.raises(UserError, match=rf"the workdir .* is in use by process {process.pid} on "):
+            program.train(config("slow"), tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_resumed_run_holds_its_parameters_once(tmp_path):
+    """Live bytes after a resume: the state that training changes, the rest of the parameters, nothing twice."""
+    changed = config(num_iterations=1)
+    assert program.train(changed, tmp_path) is None
+    mesh = make_mesh(changed.mesh)
+    with jax.set_mesh(mesh):
+        made = make_job(changed, mesh)
+        gc.collect()
+        before = {id(array): array for array in jax.live_arrays()}
+        with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+            progress, frozen = start_or_resume(made, checkpoints, mesh)
+        gc.collect()
+        alive = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    assert progress.iteration == 1
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves((progress.state, frozen)))
+    assert needed <= alive <= needed + 100  # a key or two
+
+
 def test_another_config_is_refused_unless_told(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -286,6 +401,7 @@ def files(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"seed": 1}')
+    (other / "checkpoints" / "3").mkdir(parents=True)
     return tmp_path
 
 
@@ -299,8 +415,8 @@ BAD_INPUT = {
     "active step": (["--config.plan.active_steps=(0, 8)"], "config.plan.active_steps: found 8, expected a grid step"),
     "group of one": (["--config.plan.group_size=1"], "config.plan.group_size: found 1, expected at least 2"),
     "empty prompts": (["--config.prompts={}/empty.txt"], "empty.txt: found no prompt"),
-    "binary prompts": (["--config.prompts={}/binary.txt"], "binary.txt: byte 0 is not UTF-8"),
-    "unwritable workdir": (["--workdir={}/file/run"], "cannot write {}/file/run/config.json: Not a directory"),
+    "binary prompts": (["--config.prompts={}/binary.txt"], "binary.txt: line 1: byte 0 is not UTF-8"),
+    "unwritable workdir": (["--workdir={}/file/run"], "cannot lock the workdir {}/file/run: Not a directory"),
     "another config": (["--workdir={}/other"], "{}/other was made with another config"),
     "missing asset": (["--config.model.path={}/flow.safetensors"], "{}/flow.safetensors is missing"),
     "unknown reward": (["--config.rewards.train=('beauty',)"], "unknown reward 'beauty'; use one of emoji,"),

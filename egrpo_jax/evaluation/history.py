@@ -1,64 +1,58 @@
-"""Sampling fixed prompts with fixed noise, scoring the images, and noticing when rewards part ways."""
+"""Evaluations of a run: fixed prompts, fixed noise, their record, and noticing when rewards part ways."""
 
 from __future__ import annotations
 
 import io
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from tqdm import tqdm
 
 from egrpo_jax.common.atomic import atomic_write
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, first_line
 from egrpo_jax.common.images import to_display
-from egrpo_jax.evaluation.statistics import paired_interval
-from egrpo_jax.rewards import Reward, with_nan
+from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.evaluation.statistics import paired_change
+from egrpo_jax.rewards import CheckedReward, Pending, Scores
 
 
 class Evaluation(NamedTuple):
     """One evaluation: its iteration, each reward's scores `[P]`, and the images it keeps, uint8 `[S, H, W, 3]`."""
 
     iteration: int
-    scores: dict[str, np.ndarray]
+    scores: dict[str, Scores]
     images: np.ndarray
 
 
-def score(rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Every reward's scores `[P]` of the images."""
-    return {name: np.asarray(with_nan(reward(images, prompts)), np.float64) for name, reward in rewards.items()}
-
-
-def save_evaluation(workdir: Path, evaluation: Evaluation) -> None:
-    """Writes `eval/<iteration>.npz`, from which a resumed run goes on comparing."""
-    buffer = io.BytesIO()
-    arrays = {f"score:{name}": values for name, values in evaluation.scores.items()}
-    np.savez_compressed(buffer, images=evaluation.images, **arrays)  # type: ignore[arg-type]
-    atomic_write(workdir / "eval" / f"{evaluation.iteration:06d}.npz", buffer.getvalue())
-
-
-def load_evaluations(workdir: Path, last: int, rewards: Iterable[str], num_prompts: int) -> list[Evaluation]:
-    """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen.
+def evaluate(
+    iteration: int,
+    sampler: Sampler,
+    params: Any,
+    prompts: Sequence[str],
+    key: jax.Array,
+    rewards: Mapping[str, CheckedReward],
+    kept: int,
+) -> Evaluation:
+    """Samples and scores an image of each prompt, a batch at a time, and keeps at most `kept` of them, evenly spread.
 
     Raises:
-      UserError: there are none, one is damaged, or one is of other rewards or another number of prompts.
+      UserError: no image of a batch is finite, or a reward cannot score them.
     """
-    evaluations = []
-    for path in sorted((workdir / "eval").glob("[0-9]*.npz")):
-        if int(path.stem) > last:
-            continue
-        try:
-            with np.load(path) as arrays:
-                scores = {key.removeprefix("score:"): arrays[key] for key in arrays.files if key != "images"}
-                evaluations.append(Evaluation(int(path.stem), scores, arrays["images"]))
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"cannot read {path}: {error}; restore it or start over in another workdir") from error
-        if {name: len(values) for name, values in scores.items()} != dict.fromkeys(rewards, num_prompts):
-            raise UserError(f"{path} is of other rewards or prompts; what they change needs a new workdir")
-    if not evaluations:
-        raise UserError(f"found no evaluation in {workdir / 'eval'}; restore it or start over in another workdir")
-    return evaluations
+    places = set(even_places(len(prompts), kept).tolist())
+    pending: list[dict[str, Pending[Scores]]] = []
+    shown: list[np.ndarray] = []
+    with tqdm(total=len(prompts), desc="evaluate", unit="image", leave=False, disable=None) as bar:
+        for first, images in sampler(params, prompts, key):
+            part = prompts[first : first + len(images)]
+            pending.append({name: reward.start(images, part) for name, reward in rewards.items()})
+            shown.append(to_display(images[[row for row in range(len(images)) if first + row in places]]))
+            bar.update(len(images))
+    scores = {name: Scores.join([part[name]() for part in pending]) for name in rewards}
+    return Evaluation(iteration, scores, np.concatenate(shown))
 
 
 def even_places(num_prompts: int, most: int) -> np.ndarray:
@@ -66,30 +60,56 @@ def even_places(num_prompts: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, num_prompts - 1, min(most, num_prompts)).round().astype(int))
 
 
-def make_evaluation(
-    iteration: int, rewards: Mapping[str, Reward], images: np.ndarray, prompts: Sequence[str], kept: int
-) -> Evaluation:
-    """Scores `images` and keeps at most `kept` of them, evenly spread."""
-    places = even_places(len(prompts), kept)
-    return Evaluation(iteration, score(rewards, images, prompts), to_display(images[places]))
+def save_evaluation(workdir: Path, evaluation: Evaluation, prompts: str) -> None:
+    """Writes `eval/<iteration>.npz`, from which a resumed run goes on comparing; `prompts` is their hash."""
+    buffer = io.BytesIO()
+    values = {f"score:{name}": scores.values for name, scores in evaluation.scores.items()}
+    came = {f"came:{name}": scores.came for name, scores in evaluation.scores.items()}
+    np.savez_compressed(buffer, images=evaluation.images, prompts=np.array(prompts), **values, **came)  # type: ignore[arg-type]
+    atomic_write(workdir / "eval" / f"{evaluation.iteration:06d}.npz", buffer.getvalue())
 
 
-def mean_score(scores: np.ndarray) -> float:
-    """The mean of the scores that came; nan if none did."""
-    came = scores[~np.isnan(scores)]
-    return float(came.mean()) if came.size else math.nan
+def load_evaluations(workdir: Path, last: int, rewards: Iterable[str], prompts: str) -> list[Evaluation]:
+    """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen.
+
+    Raises:
+      UserError: there are none, one is damaged, or one is of other rewards or of prompts with another hash.
+    """
+    paths = [path for path in sorted((workdir / "eval").glob("*.npz")) if re.fullmatch("[0-9]{6,}", path.stem)]
+    evaluations = [_load(path, set(rewards), prompts) for path in paths if int(path.stem) <= last]
+    if not evaluations:
+        raise UserError(f"found no evaluation in {workdir / 'eval'}; restore it or start over in another workdir")
+    return evaluations
 
 
-def evaluation_metrics(first: Evaluation, now: Evaluation) -> dict[str, float]:
+def _load(path: Path, rewards: set[str], prompts: str) -> Evaluation:
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        names = {key.removeprefix("score:") for key in arrays if key.startswith("score:")}
+        scores = {name: Scores(arrays[f"score:{name}"], arrays[f"came:{name}"].astype(bool)) for name in names}
+        evaluation, found = Evaluation(int(path.stem), scores, arrays["images"]), str(arrays["prompts"])
+    except Exception as error:  # NumPy, zipfile and zlib have one each for every way in which a file can be damaged
+        raise UserError(
+            f"cannot read {path}: {first_line(error)}; restore it or start over in another workdir"
+        ) from error
+    if names != rewards:
+        raise UserError(f"{path} is of the rewards {sorted(names)}; what they change needs a new workdir")
+    if found != prompts:
+        raise UserError(f"{path} is of other prompts: the evaluation's have changed since, which needs a new workdir")
+    return evaluation
+
+
+def evaluation_numbers(first: Evaluation, now: Evaluation) -> dict[str, float]:
     """Means, and the mean paired changes since `first` with the half-width of their 95 % intervals."""
-    metrics = {}
+    numbers = {}
     for name, scores in now.scores.items():
-        change, half_width = paired_interval(first.scores[name], scores)
-        metrics[f"eval/{name}/mean"] = mean_score(scores)
-        metrics[f"eval/{name}/missing"] = float(np.isnan(scores).sum())
-        metrics[f"eval/{name}/change"] = change
-        metrics[f"eval/{name}/change_ci95"] = half_width
-    return metrics
+        change = paired_change(first.scores[name], scores)
+        numbers[f"eval/{name}/mean"] = scores.mean()
+        numbers[f"eval/{name}/missing"] = float((~scores.came).sum())
+        numbers[f"eval/{name}/change"] = change.mean
+        numbers[f"eval/{name}/change_ci95"] = change.half_width
+    return numbers
 
 
 def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldout: Iterable[str]) -> list[str]:
@@ -101,13 +121,15 @@ def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldou
     now, warnings = history[-1], []
     for judge in heldout:
         # An evaluation without any score is the best of none.
-        best = max(history, key=lambda evaluation: np.nan_to_num(mean_score(evaluation.scores[judge]), nan=-np.inf))
-        fall, fall_width = paired_interval(best.scores[judge], now.scores[judge])
+        best = max(history, key=lambda evaluation: np.nan_to_num(evaluation.scores[judge].mean(), nan=-np.inf))
+        fall = paired_change(best.scores[judge], now.scores[judge])
+        if not fall.high < 0:
+            continue
         for name in trained:
-            rise, rise_width = paired_interval(best.scores[name], now.scores[name])
-            if fall < -fall_width and rise > rise_width:
+            rise = paired_change(best.scores[name], now.scores[name])
+            if rise.low > 0:
                 warnings.append(
-                    f"reward hacking? since iteration {best.iteration} the trained {name} rose by {rise:.4f} while the "
-                    f"held-out {judge} fell by {-fall:.4f}"
+                    f"reward hacking? since iteration {best.iteration} the trained {name} rose by {rise.mean:.4f} "
+                    f"while the held-out {judge} fell by {-fall.mean:.4f}"
                 )
     return warnings

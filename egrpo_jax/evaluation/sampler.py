@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.common.images import to_uint8
+from egrpo_jax.common.images import finite_images, to_uint8
 from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.solver import solve
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
@@ -35,37 +34,37 @@ class Sampler:
 
         self._sample = spread(sample, (REPLICATED, over_data(), over_data()), over_data())
 
-    def __call__(self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0) -> np.ndarray:
-        """Images `[P, H, W, 3]` in [0, 1]. A prompt's noise depends on `key` and its place alone, from `first` on."""
-        count = math.ceil(len(prompts) / self._batch)
-        batches = self._batches(params, prompts, key, first)
-        bar = tqdm(batches, "sample", count, unit="batch", leave=False, disable=None if count > 1 else True)
-        return np.concatenate([images for _, images in bar])
-
-    def batches(
+    def __call__(
         self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The same images, a batch at a time, as uint8 `[B, H, W, 3]`, with the place of the first, from `first` on.
+        """Batches of images `[B, H, W, 3]` in [0, 1], each with the place of its first one.
+
+        A prompt's noise depends on `key` and its place alone, which is counted from `first` on.
 
         Raises:
-          UserError: an image is not finite, which uint8 cannot tell.
+          UserError: no image of a batch is finite.
         """
-        for place, images in self._batches(params, prompts, key, first):
-            for prompt, image in zip(prompts[place - first :], images, strict=False):
-                if not np.isfinite(image).all():
-                    raise UserError(
-                        f"the image of the prompt {prompt!r} is not finite: weights of the model or of its decoder may "
-                        "be damaged, or overflow in the dtype that they are computed in"
-                    )
-            yield place, to_uint8(images)
-
-    def _batches(
-        self, params: Any, prompts: Sequence[str], key: jax.Array, first: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(prompts), self._batch):
             part = list(prompts[start : start + self._batch])
             # One shape for all batches: the last one is filled up, and cut off again.
             filled = part + part[-1:] * (self._batch - len(part))
             keys = prompt_keys(key, first + start, self._batch)
-            images = self._sample(params, keys, self._pipeline.encode(filled))
-            yield first + start, np.asarray(images)[: len(part)]
+            images = np.asarray(self._sample(params, keys, self._pipeline.encode(filled)))[: len(part)]
+            if not finite_images(images).any():
+                raise _not_finite(part[0])
+            yield first + start, images
+
+
+def pixels(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """`images [B, H, W, 3]` of `prompts` as uint8. Raises UserError if one is not finite, which uint8 cannot tell."""
+    for prompt, finite in zip(prompts, finite_images(images), strict=True):
+        if not finite:
+            raise _not_finite(prompt)
+    return to_uint8(images)
+
+
+def _not_finite(prompt: str) -> UserError:
+    return UserError(
+        f"the image of the prompt {prompt!r} is not finite: weights of the model or of its decoder may be damaged, or "
+        "overflow in the dtype that they are computed in"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ from egrpo_jax.common.images import to_uint8
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.evaluation.statistics import Comparison, compare, diversity
 from egrpo_jax.figures.grids import before_after, shrink, stack
-from egrpo_jax.rewards import Pending, Reward, start, with_nan
+from egrpo_jax.rewards import CheckedReward, Pending, Scores
 
 Features = Callable[[Any], Any]
 """Images `[B, H, W, 3]` in [0, 1] to vectors of length 1, `[B, D]`."""
-Scores = dict[str, np.ndarray]
-"""By column, `[P, S]` of S images of each of P prompts; nan where none came."""
+Columns = dict[str, Scores]
+"""Scores `[P, S]` of S images of each of P prompts, by the reward's name or another measure's."""
 SHOWN = 8
 """Most gains, and most losses, in pictures."""
 _SHOWN_SIDE = 384
@@ -41,7 +40,7 @@ class Judging:
       diversity: the column that has it.
     """
 
-    rewards: Mapping[str, Reward]
+    rewards: Mapping[str, CheckedReward]
     judge: str
     samples: int = 1
     features: Features | None = None
@@ -59,14 +58,14 @@ class Pair(NamedTuple):
 class Results(NamedTuple):
     """What came out: the scores of each model, the extremes of the second, and the images' size (H, W)."""
 
-    scores: list[Scores]
+    scores: list[Columns]
     pairs: list[Pair]
     resolution: tuple[int, int]
 
 
-def features_of(name: str, reward: Reward) -> Features:
+def features_of(name: str, reward: CheckedReward) -> Features:
     """The image features of the reward `name`. Raises UserError if it has none."""
-    features = getattr(reward, "encode_images", None)
+    features = reward.encode_images
     if features is None:
         raise UserError(
             f"--diversity: the reward {name!r} has no image features; name one that compares images and texts by "
@@ -84,28 +83,28 @@ def sample_and_score(
     of one batch at most are kept, and those of the pairs.
 
     Raises:
-      UserError: a reward gives anything but a score for each image.
+      UserError: no image of a batch is finite, or a reward cannot score them.
     """
-    parts: list[list[Scores]] = [[] for _ in models]
+    parts: list[list[Columns]] = [[] for _ in models]
     pairs: list[Pair] = []
     with tqdm(total=len(prompts) * judging.samples * len(models), desc="evaluate", unit="image") as bar:
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
             handed_in = [_sample(sampler, params, part, first, seed, judging, bar) for params in models]
-            scores = [_scores(judging, batch_of_one, len(part)) for batch_of_one in handed_in]
+            scores = [_scores(judging, batch_of_one) for batch_of_one in handed_in]
             for of_model, new in zip(parts, scores, strict=True):
                 of_model.append(new)
             pictures = [batch_of_one.pictures for batch_of_one in handed_in]
             if len(models) == 2:
-                pairs = extremes(pairs + _pairs(part, [new[judging.judge][:, 0] for new in scores], pictures))
-    joined = [{name: np.concatenate([part[name] for part in of_model]) for name in of_model[0]} for of_model in parts]
+                pairs = extremes(pairs + _pairs(part, [new[judging.judge] for new in scores], pictures))
+    joined = [{name: Scores.join([part[name] for part in of_model]) for name in of_model[0]} for of_model in parts]
     return Results(joined, pairs, pictures[0].shape[1:3])
 
 
 class _Batch(NamedTuple):
     """A batch of prompts by one model: scores to be waited for and features by sample, and the first images."""
 
-    pending: list[dict[str, Pending]]
+    pending: list[dict[str, Pending[Scores]]]
     features: list[np.ndarray]
     pictures: np.ndarray
 
@@ -116,8 +115,9 @@ def _sample(
     """Samples, and hands the images in for scoring, which goes on meanwhile if it is done on another machine."""
     batch = _Batch([], [], np.empty(0))
     for sample in range(judging.samples):
-        pictures = sampler(params, prompts, jax.random.key(seed + sample), first)
-        batch.pending.append({name: start(reward, pictures, prompts) for name, reward in judging.rewards.items()})
+        images = sampler(params, prompts, jax.random.key(seed + sample), first)
+        pictures = np.concatenate([part for _, part in images])
+        batch.pending.append({name: reward.start(pictures, prompts) for name, reward in judging.rewards.items()})
         if judging.features is not None:
             batch.features.append(np.asarray(judging.features(pictures)))
         if not sample:
@@ -126,34 +126,28 @@ def _sample(
     return batch
 
 
-def _scores(judging: Judging, batch: _Batch, count: int) -> Scores:
-    scores = {}
+def _scores(judging: Judging, batch: _Batch) -> Columns:
+    columns = {}
     for name in judging.rewards:
-        columns = [np.asarray(with_nan(pending[name]()), np.float64) for pending in batch.pending]
-        if columns[0].shape != (count,):
-            raise UserError(
-                f"the reward {name!r} gave scores {columns[0].shape} for {count} images, expected [{count}]"
-            )
-        stacked = np.stack(columns, axis=1)
-        scores[name] = np.where(np.isfinite(stacked), stacked, math.nan)  # an infinite score is none
+        samples = [pending[name]() for pending in batch.pending]
+        columns[name] = Scores(*(np.stack(parts, axis=1) for parts in zip(*samples, strict=True)))
     if judging.features is not None:
         distances = diversity(np.stack(batch.features, axis=1))
-        scores[judging.diversity] = np.repeat(distances[:, None], judging.samples, axis=1)
-    return scores
+        columns[judging.diversity] = Scores.of(np.repeat(distances[:, None], judging.samples, axis=1))
+    return columns
 
 
-def _pairs(prompts: Sequence[str], scores: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> list[Pair]:
+def _pairs(prompts: Sequence[str], scores: Sequence[Scores], pictures: Sequence[np.ndarray]) -> list[Pair]:
     """Those of a batch that have both scores, and may be among the extremes of all."""
-    places = [place for place in range(len(prompts)) if not np.isnan(scores[1][place] - scores[0][place])]
+    places = np.flatnonzero(np.all([of_model.came[:, 0] for of_model in scores], axis=0)).tolist()
+    base, tuned = (of_model.values[:, 0].tolist() for of_model in scores)
     # Sorted before anything is copied: the pictures of all would be much.
-    bare = [
-        Pair(prompts[i], (float(scores[0][i]), float(scores[1][i])), (pictures[0][i], pictures[1][i])) for i in places
-    ]
+    bare = [Pair(prompts[i], (base[i], tuned[i]), (pictures[0][i], pictures[1][i])) for i in places]
     small = lambda picture: shrink(to_uint8(picture), _SHOWN_SIDE)
     return [pair._replace(pictures=(small(pair.pictures[0]), small(pair.pictures[1]))) for pair in extremes(bare)]
 
 
-def compare_all(scores: Sequence[Scores], judging: Judging, trained: Sequence[str]) -> list[Comparison]:
+def compare_all(scores: Sequence[Columns], judging: Judging, trained: Sequence[str]) -> list[Comparison]:
     """A comparison for each column of one model's `scores`, or two models'; `trained` are rewards trained on."""
     roles = {name: "trained on" if name in trained else "held out" for name in judging.rewards}
     tuned = scores[1] if len(scores) == 2 else {}
@@ -162,16 +156,18 @@ def compare_all(scores: Sequence[Scores], judging: Judging, trained: Sequence[st
     ]
 
 
-def score_lines(prompts: Sequence[str], scores: Sequence[Scores]) -> str:
+def score_lines(prompts: Sequence[str], scores: Sequence[Columns]) -> str:
     """JSONL: a line for each prompt and sample, null for a score that did not come."""
-    samples = next(iter(scores[0].values())).shape[1]
+    samples = next(iter(scores[0].values())).came.shape[1]
     lines = []
     for place, prompt in enumerate(prompts):
         for sample in range(samples):
             line: dict[str, Any] = {"prompt": prompt, "sample": sample}
             for model, of_model in zip(("base", "tuned"), scores, strict=False):
-                values = {name: float(column[place, sample]) for name, column in of_model.items()}
-                line[model] = {name: None if math.isnan(value) else value for name, value in values.items()}
+                line[model] = {
+                    name: float(column.values[place, sample]) if column.came[place, sample] else None
+                    for name, column in of_model.items()
+                }
             lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     return "".join(lines)
 

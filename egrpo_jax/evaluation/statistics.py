@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
-from numpy.typing import ArrayLike
+import scipy.stats
+
+from egrpo_jax.rewards import Scores
 
 RESAMPLES = 10_000
 SEED = 0
 _AT_ONCE = 2**20
-"""Most drawn values in memory at once, for each of the averaged quantities."""
+"""Most drawn values in memory at once."""
 
 
 class Estimate(NamedTuple):
@@ -26,6 +27,11 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,39 +68,46 @@ def bootstrap(values: np.ndarray) -> list[Estimate]:
     if count < 2:
         means = values[0] if count else np.full(columns, math.nan)
         return [Estimate(float(mean), math.nan, math.nan) for mean in means]
-    draws, at_once = np.random.default_rng(SEED), max(1, _AT_ONCE // count)
-    means = np.concatenate(
-        [
-            values[draws.integers(count, size=(min(at_once, RESAMPLES - done), count))].mean(1)
-            for done in range(0, RESAMPLES, at_once)
-        ]
-    )
-    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    low, high = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, _AT_ONCE // values.size),
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
     return [Estimate(*map(float, estimate)) for estimate in zip(values.mean(0), low, high, strict=True)]
 
 
-def compare(name: str, role: str, base: np.ndarray, tuned: np.ndarray | None) -> Comparison:
+def compare(name: str, role: str, base: Scores, tuned: Scores | None) -> Comparison:
     """The statistics of one score.
 
     Args:
-      base: `[P, S]`, of S images of each prompt; nan where no score came, and the prompt is left out.
+      base: `[P, S]`, of S images of each prompt; a prompt that lacks one is left out.
       tuned: of the tuned model, for the same prompts and noise; None if there is none.
     """
-    means = np.stack([scores.mean(1) for scores in (base, tuned) if scores is not None], axis=1)
-    came = means[~np.isnan(means).any(1)]
-    counts = (name, role, len(came), len(means) - len(came))
+    models = [scores for scores in (base, tuned) if scores is not None]
+    came = np.all([scores.came.all(1) for scores in models], axis=0)
+    means = np.stack([scores.values[came].mean(1, dtype=np.float64) for scores in models], axis=1)
+    counts = (name, role, len(means), int((~came).sum()))
     if tuned is None:
-        return Comparison(*counts, *bootstrap(came))
-    change = came[:, 1] - came[:, 0]
+        return Comparison(*counts, *bootstrap(means))
+    change = means[:, 1] - means[:, 0]
     wins = (np.sign(change) + 1) / 2
-    return Comparison(*counts, *bootstrap(np.column_stack([came, change, wins])))
+    return Comparison(*counts, *bootstrap(np.column_stack([means, change, wins])))
+
+
+def paired_change(before: Scores, after: Scores) -> Estimate:
+    """The mean change of scores `[P]` of the same prompts, of those that have both."""
+    came = before.came & after.came
+    return bootstrap((after.values[came].astype(np.float64) - before.values[came])[:, None])[0]
 
 
 def diversity(features: np.ndarray) -> np.ndarray:
     """Mean cosine distance `[P]` over the pairs of a prompt's images, in [0, 2]; 0 where all are the same.
 
     Args:
-      features: `[P, S, D]`, of length 1, S at least 2.
+      features: `[P, S, F]`, vectors of length 1, S at least 2.
     """
     features = np.asarray(features, np.float64)
     samples = features.shape[1]
@@ -134,24 +147,3 @@ def _show(estimate: Estimate, style: str) -> str:
     if math.isnan(estimate.low):
         return f"{estimate.mean:{style}} [none]"
     return f"{estimate.mean:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
-
-
-def paired_interval(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
-    """Mean of the differences after - before, and the half-width of its 95 % interval by Student's t.
-
-    Args:
-      before: [P], one value per prompt; nan where there is none, and the prompt is left out.
-      after: [P], for the same prompts in the same order.
-
-    Returns:
-      (mean, half-width); the half-width is nan for one pair, both are for none.
-    """
-    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    if before.shape != after.shape or before.ndim != 1 or not before.size:
-        raise ValueError(f"expected two arrays [P], found {before.shape} and {after.shape}")
-    change = (after - before)[~np.isnan(after - before)]
-    count = change.size
-    if count <= 1:
-        return float(change[0]) if count else math.nan, math.nan
-    quantile = scipy.special.stdtrit(count - 1, 0.975)
-    return float(change.mean()), float(quantile * change.std(ddof=1) / math.sqrt(count))

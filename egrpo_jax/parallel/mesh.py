@@ -56,6 +56,9 @@ def over_data(axis: int = 0) -> PartitionSpec:
 
 
 REPLICATED = PartitionSpec()
+EXACT = {"xla_allow_excess_precision": False}
+"""XLA's option for bfloat16 that is rounded where the model says so. Otherwise XLA skips roundings where operations
+happen to be fused, and two passes over the same states differ by more than the clip range of the policy ratio."""
 
 
 def spread(
@@ -66,4 +69,4 @@ def spread(
     # check_vma would sum the gradients of replicated parameters over devices in every micro-batch; `rl.update` does
     # so once, after accumulation.
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate)
+    return jax.jit(mapped, donate_argnums=donate, compiler_options=EXACT)

@@ -43,6 +43,11 @@ class Scores(NamedTuple):
         came = np.isfinite(values)
         return cls(np.where(came, values, 0), came)
 
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of several batches of images, one after another."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
     def with_nan(self) -> np.ndarray:
         """The values `[B]`, nan where none came."""
         return np.where(self.came, self.values, np.float32(math.nan))

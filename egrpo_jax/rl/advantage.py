@@ -1,6 +1,7 @@
 """From rewards to advantages: who did better than the samples it may be compared with.
 
-A reward is nan where no score came. The group of that sample cannot be judged: it is left out.
+A score may never have come. The group of that sample cannot be judged: it is left out. A mask says which came, so that
+no number has to.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ def group_advantage(rewards: chex.Array) -> chex.Array:
       rewards: `[..., G]`, the rewards of samples that share prompt and active step.
 
     Returns:
-      Advantages `[..., G]`; nan throughout a group with a nan.
+      Advantages `[..., G]`.
     """
     mean = rewards.mean(-1, keepdims=True)
     std = rewards.std(-1, ddof=1, keepdims=True)
-    return jnp.where(_all_equal(rewards), 0.0, (rewards - mean) / (std + _EPS))
+    return jnp.where(_all_equal(rewards)[..., None], 0.0, (rewards - mean) / (std + _EPS))
 
 
 def credit(
     rewards: Mapping[str, chex.Array],
+    came: chex.Array,
     weights: Mapping[str, float],
     combination: Combination = "advantages",
     clips: Mapping[str, float] | None = None,
@@ -48,27 +50,30 @@ def credit(
     update does not depend on how many rewards there are (GDPO, arXiv:2601.05242).
 
     The advantages of the tail strides are added (G2RPO). A group that lacks a score has advantage 0 and does not enter
-    the normalisation over all samples; if every group does, the advantages are nan: there is nothing to learn from.
+    the normalisation over all samples.
 
     Args:
       rewards: for each reward `[P, E, R, G]`: prompts, active steps, tail strides, samples.
+      came: `[P, E, R, G]`, whether a sample has all of its scores; a reward counts for nothing where it is False.
       weights: the weight of each reward that is trained on.
       combination: how they are combined.
       clips: rewards whose normalised advantage is clipped, to plus and minus so much; not for "sum".
 
     Returns:
-      `[E, P, G]`, the layout of `Transitions`.
+      `[P, E, G]`.
     """
     if combination == "sum":
         total = group_advantage(_weighted(rewards, weights))
     else:
         bounds = {name: (clips or {}).get(name, jnp.inf) for name in weights}
         total = _weighted({name: group_advantage(rewards[name]).clip(-c, c) for name, c in bounds.items()}, weights)
-    advantage = jnp.swapaxes(total.sum(axis=2), 0, 1)
+    advantage = total.sum(axis=2)
+    judged = complete_groups(came)[..., None]
     if combination == "decoupled":
-        advantage = (advantage - jnp.nanmean(advantage)) / (jnp.nanstd(advantage, ddof=1) + _EPS)
-    left_out = jnp.isnan(advantage)
-    return jnp.where(left_out & ~left_out.all(), 0.0, advantage)
+        everywhere = jnp.broadcast_to(judged, advantage.shape)
+        mean, std = advantage.mean(where=everywhere), advantage.std(where=everywhere, ddof=1)
+        advantage = (advantage - mean) / (std + _EPS)
+    return jnp.where(judged, advantage, 0.0)
 
 
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
@@ -76,10 +81,9 @@ def zero_spread_share(rewards: chex.Array) -> chex.Array:
     return _all_equal(rewards).mean()
 
 
-def groups_left_out(rewards: Mapping[str, chex.Array]) -> chex.Array:
-    """How many of the groups `[P, E]` of `rewards`, each `[P, E, R, G]`, lack a score."""
-    missing = jnp.stack([jnp.isnan(values).any((2, 3)) for values in rewards.values()])
-    return missing.any(0).sum()
+def complete_groups(came: chex.Array) -> chex.Array:
+    """`[P, E]`: whether every sample of a group has its scores, at every tail stride of `came [P, E, R, G]`."""
+    return came.all((2, 3))
 
 
 def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:
@@ -87,5 +91,4 @@ def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) ->
 
 
 def _all_equal(rewards: chex.Array) -> chex.Array:
-    """`[..., 1]`; False where a reward is nan, so that it shows."""
-    return rewards.max(-1, keepdims=True) == rewards.min(-1, keepdims=True)
+    return rewards.max(-1) == rewards.min(-1)

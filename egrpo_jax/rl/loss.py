@@ -1,4 +1,4 @@
-"""The clipped policy-ratio loss of GRPO."""
+r"""The clipped policy-ratio loss of GRPO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class LossStats(NamedTuple):
-    """What the loss saw, each the mean over all samples but `ratio_deviation`, the maximum of |ratio - 1|.
+    """Statistics of the loss, each the mean over all samples but `ratio_deviation`, the maximum of |r - 1|.
 
     `clip_high` and `clip_low` are the shares of samples whose gradient the clip cuts off above 1 + range and below
     1 - range; `kl` is the estimate r - 1 - log r of KL(old | new), for each latent dimension.
@@ -30,15 +30,24 @@ def clipped_ratio_loss(
     clip_range: float,
     advantage_clip: float,
 ) -> tuple[chex.Array, LossStats]:
-    """mean of max(-A r, -A clip(r, 1 - range, 1 + range)), r = exp(log_prob - old_log_prob) (E-GRPO eq. 9).
+    r"""The negated clipped objective of PPO, as GRPO for flows has it (E-GRPO, arXiv:2601.00423, eq. 9).
+
+    With r_i = exp(log p_i - log p_old,i) and A_i cut to [-c, c], over n samples i
+
+        L = 1/n sum_i max(-A_i r_i, -A_i min(max(r_i, 1 - eps), 1 + eps)).
+
+    Where r_i leaves [1 - eps, 1 + eps] in the direction that A_i asks for, the sample has no gradient any more.
 
     Args:
-      log_prob, old_log_prob: log-densities averaged over latent dimensions, any equal shape.
-      advantage: like them; clipped to +-`advantage_clip` first.
-      clip_range: how far r may move before its gradient is cut off; 1e-4 goes with averaged log-densities.
+      log_prob: log p_i, the density of sample i under the parameters that are trained, averaged over latent
+        dimensions; any shape.
+      old_log_prob: log p_old,i, that under the parameters it was drawn with; no gradient flows through it. Same shape.
+      advantage: A_i, how much better than the samples it may be compared with. Same shape.
+      clip_range: eps; 1e-4 goes with averaged log-densities.
+      advantage_clip: c.
 
     Returns:
-      The loss, a scalar, and its statistics.
+      L, a scalar, and its statistics.
     """
     chex.assert_equal_shape([log_prob, old_log_prob, advantage])
     advantage = jnp.clip(advantage, -advantage_clip, advantage_clip)

@@ -16,13 +16,13 @@ _ANCHOR = 0  # What the anchor's noise key is folded with; grid step i uses i + 
 
 
 class Transitions(NamedTuple):
-    """Random steps to train on: E active steps, K states each (one for each prompt), S samples from each state.
+    """Random steps to train on: of each of P prompts E active steps, and G samples from the state of each.
 
     Attributes:
-      latents: x_t, `[E, K, N, D]`.
-      next_latents: x_t', `[E, K, S, N, D]`.
-      time, next_time, sigma: `[E, K]`.
-      log_prob: log p_old(x_t' | x_t), averaged over N and D, `[E, K, S]`.
+      latents: x_t, `[P, E, N, D]`.
+      next_latents: x_t', `[P, E, G, N, D]`.
+      time, next_time, sigma: `[P, E]`.
+      log_prob: log p(x_t' | x_t) as the rollout computed it, averaged over N and D, `[P, E, G]`.
     """
 
     latents: chex.Array
@@ -34,10 +34,10 @@ class Transitions(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What one iteration samples.
+    """The samples of one iteration.
 
     Attributes:
-      transitions: the random steps, K = P prompts, S = G.
+      transitions: the random steps.
       latents: where the tails end, t = 0: `[P, E, R, G, N, D]`, R the number of tail strides.
     """
 
@@ -67,15 +67,15 @@ def anchor_noise(keys: chex.Array, shape: tuple[int, int]) -> chex.Array:
 
 
 def _branch_noise(keys: chex.Array, plan: Plan, shape: tuple[int, int]) -> chex.Array:
-    """Noise `[E, P, G, *shape]`, keyed by prompt, grid step and sample."""
+    """Noise `[P, E, G, *shape]`, keyed by prompt, grid step and sample."""
 
-    def one(step: chex.Array, key: chex.Array, sample: chex.Array) -> chex.Array:
+    def one(key: chex.Array, step: chex.Array, sample: chex.Array) -> chex.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 1 + step), sample), shape)
 
     over_samples = jax.vmap(one, (None, None, 0))
-    over_prompts = jax.vmap(over_samples, (None, 0, None))
+    over_steps = jax.vmap(over_samples, (None, 0, None))
     steps = jnp.array([branch.step for branch in plan.branches])
-    return jax.vmap(over_prompts, (0, None, None))(steps, keys, jnp.arange(plan.group_size))
+    return jax.vmap(over_steps, (0, None, None))(keys, steps, jnp.arange(plan.group_size))
 
 
 def roll_out(
@@ -102,11 +102,11 @@ def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Ar
     steps = jnp.array([branch.step for branch in plan.branches])
     stops = jnp.array([branch.stop for branch in plan.branches])
     sigmas = jnp.array([branch.sigma for branch in plan.branches], jnp.float32)
-    latents = path[steps]
+    latents, velocity = (jnp.moveaxis(x[steps], 0, 1) for x in (path, velocities))
     time, next_time, sigma = (
-        jnp.broadcast_to(value[:, None], latents.shape[:2]) for value in (times[steps], times[stops], sigmas)
+        jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], sigmas)
     )
-    kernel = group_kernel(latents, velocities[steps], time, next_time, sigma)
+    kernel = group_kernel(latents, velocity, time, next_time, sigma)
     next_latents = draw(kernel, _branch_noise(keys, plan, path.shape[-2:]))
     return Transitions(latents, next_latents, time, next_time, sigma, log_prob(kernel, next_latents))
 
@@ -119,14 +119,14 @@ def _tails(
     starts: chex.Array,
     conditioning: Any,
 ) -> chex.Array:
-    """Walks every sample `[E, P, G, N, D]` to t = 0 at every stride: `[P, E, R, G, N, D]`."""
-    num_branches, num_prompts, group_size, *shape = starts.shape
+    """Walks every sample `[P, E, G, N, D]` to t = 0 at every stride: `[P, E, R, G, N, D]`."""
+    num_prompts, num_branches, group_size, *shape = starts.shape
     per_sample = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), conditioning)
     tails = [(e, b.stop, stride) for e, b in enumerate(plan.branches) for stride in plan.tail_strides]
 
     def walk(_: None, tail: chex.Array) -> tuple[None, chex.Array]:
         branch, start, stride = tail
-        latents = starts[branch].reshape(-1, *shape)
+        latents = starts[:, branch].reshape(-1, *shape)
         return None, solve(velocity_fn, params, latents, times, per_sample, start, stride)
 
     _, ends = jax.lax.scan(walk, None, jnp.array(tails))

@@ -1,4 +1,4 @@
-"""What stays the same during a run, and its compiled phases."""
+"""What stays the same during a run, and its compiled phases: all without a parameter in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError
-from egrpo_jax.common.trees import combine, partition
+from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
 from egrpo_jax.pipelines import Pipeline, load_pipeline
@@ -26,7 +26,7 @@ from egrpo_jax.training.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that stays the same during a run; `frozen` are the parameters that are not trained."""
+    """All that stays the same during a run but the parameters that are not trained."""
 
     config: TrainConfig
     plan: Plan
@@ -35,50 +35,62 @@ class Job:
     prompts: list[str]
     evaluation_prompts: list[str]
     optimizer: optax.GradientTransformation
-    frozen: Any
 
 
 class Steps(NamedTuple):
-    """The compiled phases of an iteration."""
+    """The phases of an iteration, compiled at their first call."""
 
     rollout: Callable[[Any, Any, chex.Array], Rollout]
     decode: Callable[[Any, chex.Array], chex.Array]
     update: Callable[..., tuple[TrainState, UpdateStats]]
 
 
-def make_job(config: TrainConfig, mesh: Mesh) -> tuple[Job, Any]:
-    """Loads what `config` names; whatever is wrong with it comes out here, before anything is compiled.
+def make_job(config: TrainConfig, mesh: Mesh) -> Job:
+    """Reads what `config` names, but for the model's weights.
 
-    Returns:
-      The job, and the parameters that it trains; all parameters lie on `mesh`.
+    Raises:
+      UserError: something is wrong with it, or does not go together.
     """
+    check_devices(config, mesh.shape[DATA])
     plan = make_plan(config.plan)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
-    rewards = {name: load_reward(name, config.scorers, mesh) for name in config.rewards.train + config.rewards.heldout}
     pipeline = load_pipeline(config.model)
     pipeline.require([*prompts, *evaluation_prompts])
-    trained, frozen = partition(pipeline.load(mesh), pipeline.trainable)
-    optimizer = make_optimizer(config.optim)
-    return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, optimizer, frozen), trained
+    rewards = {name: load_reward(name, config.scorers, mesh) for name in config.rewards.train + config.rewards.heldout}
+    for reward in rewards.values():
+        reward.require([*prompts, *evaluation_prompts], image_size(pipeline))
+    return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, make_optimizer(config.optim))
+
+
+def check_devices(config: TrainConfig, devices: int) -> None:
+    """Raises ConfigError if prompts or micro-batches cannot be spread evenly over `devices`."""
+    key = "prompts_per_iteration" if config.prompts_per_rollout is None else "prompts_per_rollout"
+    if getattr(config, key) % devices:
+        expected = f"a multiple of the {devices} devices on the mesh axis {DATA}"
+        raise ConfigError(key, getattr(config, key), expected)
+    on_each, micro_batch = config.prompts_per_iteration // devices, config.learner.micro_batch
+    if micro_batch is not None and on_each % micro_batch:
+        raise ConfigError("learner.micro_batch", micro_batch, f"a divisor of the {on_each} prompts on each device")
+
+
+def image_size(pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width of the images, in pixels."""
+    latents = jax.ShapeDtypeStruct((1, *pipeline.latents_shape), "float32")
+    height, width, _ = jax.eval_shape(pipeline.decode, pipeline.abstract_params, latents).shape[1:]
+    return height, width
 
 
 def make_steps(job: Job) -> Steps:
     """The phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
-    devices = jax.sharding.get_abstract_mesh().shape[DATA]
-    key = "prompts_per_iteration" if job.config.prompts_per_rollout is None else "prompts_per_rollout"
-    if getattr(job.config, key) % devices:
-        expected = f"a multiple of the {devices} devices on the mesh axis {DATA}"
-        raise ConfigError(key, getattr(job.config, key), expected)
-    pipeline = job.pipeline
-    per_step = over_data(axis=1)
+    pipeline, prompts = job.pipeline, over_data()
     rollout = spread(
         lambda params, conditioning, keys: roll_out(
             pipeline.velocity, params, job.plan, conditioning, keys, pipeline.latents_shape
         ),
-        (REPLICATED, over_data(), over_data()),
-        Rollout(per_step, over_data()),  # type: ignore[arg-type]  # specs in place of arrays
+        (REPLICATED, prompts, prompts),
+        prompts,
     )
-    decode = spread(pipeline.decode, (REPLICATED, over_data()), over_data())
+    decode = spread(pipeline.decode, (REPLICATED, prompts), prompts)
 
     def step(
         state: TrainState, frozen: Any, transitions: Transitions, advantage: chex.Array, conditioning: Any
@@ -88,5 +100,5 @@ def make_steps(job: Job) -> Steps:
             velocity, job.optimizer, job.config.learner, state, transitions, advantage, conditioning, axis_name=DATA
         )
 
-    in_specs = (REPLICATED, REPLICATED, per_step, per_step, over_data())
+    in_specs = (REPLICATED, REPLICATED, prompts, prompts, prompts)
     return Steps(rollout, decode, spread(step, in_specs, (REPLICATED, REPLICATED), donate=(0,)))

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +14,13 @@ import tqdm
 from PIL import Image
 
 from egrpo_jax.common.trees import combine
+from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.evaluation.history import (
     Evaluation,
-    evaluation_metrics,
+    evaluate,
+    evaluation_numbers,
     even_places,
-    make_evaluation,
-    mean_score,
+    load_evaluations,
     parted_rewards,
     save_evaluation,
 )
@@ -26,35 +28,64 @@ from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.figures import grids as images
 from egrpo_jax.figures import plots
 from egrpo_jax.run.metrics import read_metrics
-from egrpo_jax.run.timing import PhaseTimer, peak_device_memory, peak_flops
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.state import Progress, policy_params
 
 SHOWN = 16
-"""Pictures on a grid."""
-
-
+"""Images on a grid."""
 EVALUATION_SEED = 2**31 - 1
 """Folded into the seed for the fixed noise of evaluations; no iteration has this number."""
 
 
-def evaluate(
-    job: Job, sampler: Sampler, progress: Progress, history: list[Evaluation], workdir: Path
-) -> dict[str, float]:
-    """Evaluates the parameters (their average where one is kept), adds to `history`, writes scores and grid."""
-    key = jax.random.fold_in(jax.random.key(job.config.seed), EVALUATION_SEED)
-    prompts = job.evaluation_prompts
-    pictures = sampler(combine(policy_params(progress.state), job.frozen), prompts, key)
-    history.append(make_evaluation(progress.iteration, job.rewards, pictures, prompts, job.config.evaluation.kept))
-    save_evaluation(workdir, history[-1])
-    kept = kept_prompts(job)
-    shown = even_places(len(kept), SHOWN)
-    sheet = images.grid(_floats(history[-1])[shown], math.ceil(math.sqrt(len(shown))), [kept[i] for i in shown])
-    images.save_image(sheet, workdir / "eval" / f"{progress.iteration:06d}.png")
-    for line in parted_rewards(history, job.config.rewards.train, job.config.rewards.heldout):
-        tqdm.tqdm.write(f"warning: iteration {progress.iteration}: {line}", file=sys.stderr)
-    return evaluation_metrics(history[0], history[-1])
+class Evaluator:
+    """Evaluates a run's parameters, their average where one is kept, on fixed prompts and noise.
+
+    Attributes:
+      history: the evaluations so far.
+    """
+
+    def __init__(self, job: Job, frozen: Any, workdir: Path, iteration: int):
+        """`frozen`: the parameters that are not trained; `iteration`: where the run is, whose evaluations are read.
+
+        Raises:
+          UserError: one of them is missing, damaged, or of other prompts or rewards.
+        """
+        self._job, self._frozen, self._workdir = job, frozen, workdir
+        self._sampler = Sampler(job.pipeline, job.plan.times, job.config.evaluation.batch)
+        self._prompts = prompts_hash(job.evaluation_prompts)
+        self.history = load_evaluations(workdir, iteration, job.rewards, self._prompts) if iteration else []
+
+    def __call__(self, progress: Progress) -> dict[str, float]:
+        """Adds an evaluation to `history`, writes its scores and a grid of images, and returns its numbers."""
+        job, key = self._job, jax.random.fold_in(jax.random.key(self._job.config.seed), EVALUATION_SEED)
+        params = combine(policy_params(progress.state), self._frozen)
+        prompts, kept = job.evaluation_prompts, job.config.evaluation.kept
+        now = evaluate(progress.iteration, self._sampler, params, prompts, key, job.rewards, kept)
+        self.history.append(now)
+        save_evaluation(self._workdir, now, self._prompts)
+        captions = kept_prompts(job)
+        shown = even_places(len(captions), SHOWN)
+        sheet = images.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
+        images.save_image(sheet, self._workdir / "eval" / f"{progress.iteration:06d}.png")
+        for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
+            _warn(f"iteration {progress.iteration}: {line}")
+        return evaluation_numbers(self.history[0], now)
+
+
+def warn_of_rounding(config: TrainConfig, numbers: dict[str, float]) -> None:
+    """Says if rollout and update compute log-densities that differ by more than the clip range."""
+    found, clip_range = numbers["ratio/rollout_deviation"], config.learner.clip_range
+    if found > clip_range:
+        _warn(
+            f"rollout and update round differently: |r - 1| up to {found:.1e} at the same parameters, against a "
+            f"clip_range of {clip_range:.1e}; the ratio is taken from the update's own passes and is not affected, but "
+            "samples are not quite from the policy that is trained: consider dtype float32"
+        )
+
+
+def _warn(line: str) -> None:
+    tqdm.tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 def kept_prompts(job: Job) -> list[str]:
@@ -71,42 +102,23 @@ def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
     prompts = kept_prompts(job)
     places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
     judge = (job.config.rewards.heldout or job.config.rewards.train)[0]
-    gains = (last.scores[judge] - first.scores[judge])[places]
+    gains = (last.scores[judge].with_nan() - first.scores[judge].with_nan())[places]
     chosen = {f"{min(SHOWN, len(prompts))} of {len(places)} prompts, evenly spread": even_places(len(prompts), SHOWN)}
     if len(prompts) > SHOWN:
         chosen[f"the {SHOWN // 2} largest gains under {judge}"] = np.argsort(-gains)[: SHOWN // 2]
     return images.stack(
         [
-            images.before_after(_floats(first)[rows], _floats(last)[rows], [prompts[i] for i in rows], title)
+            images.before_after(first.images[rows], last.images[rows], [prompts[i] for i in rows], title)
             for title, rows in chosen.items()
         ]
     )
 
 
-def _floats(evaluation: Evaluation) -> np.ndarray:
-    return evaluation.images.astype(np.float32) / 255
-
-
-def speed_metrics(job: Job, timer: PhaseTimer) -> dict[str, float]:
-    """Seconds by phase, images a second; peak device memory and model FLOP utilisation where they are known."""
-    seconds = timer.take()
-    prompts = job.config.prompts_per_iteration
-    speed = {"images_per_second": prompts * job.plan.decodes / seconds["seconds/iteration"]}
-    if (memory := peak_device_memory()) is not None:
-        speed["peak_device_memory"] = memory
-    peak, flops = peak_flops(jax.devices()[0].device_kind), job.pipeline.forward_flops
-    if peak is not None and flops is not None:
-        work = prompts * job.plan.forward_equivalents * flops
-        busy = seconds["seconds/rollout"] + seconds["seconds/update"]
-        speed["model_flop_utilisation"] = work / (busy * peak * jax.device_count())
-    return seconds | speed
-
-
-def show(bar: tqdm.tqdm, config: TrainConfig, metrics: dict[str, float]) -> None:
+def show(bar: tqdm.tqdm, config: TrainConfig, numbers: dict[str, float]) -> None:
     """Moves the progress bar."""
-    shown = {name: f"{metrics[f'reward/{name}/mean']:.4f}" for name in config.rewards.train}
-    shown["|r-1|"] = f"{metrics['ratio/max_deviation']:.1e}"
-    shown["clip"] = f"{metrics['clip/high'] + metrics['clip/low']:.0%}"
+    shown = {name: f"{numbers[f'reward/{name}/mean']:.4f}" for name in config.rewards.train}
+    shown["|r-1|"] = f"{numbers['ratio/max_deviation']:.1e}"
+    shown["clip"] = f"{numbers['clip/high'] + numbers['clip/low']:.0%}"
     bar.set_postfix(shown, refresh=False)
     bar.update()
 
@@ -114,13 +126,13 @@ def show(bar: tqdm.tqdm, config: TrainConfig, metrics: dict[str, float]) -> None
 def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
     """The run's last words: a table of what changed on the evaluation prompts, and the pictures."""
     config, first, last = job.config, history[0], history[-1]
-    metrics = evaluation_metrics(first, last)
+    numbers = evaluation_numbers(first, last)
     print(f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, paired change with its 95 % interval:")
     for name in job.rewards:
-        change, width = metrics[f"eval/{name}/change"], metrics[f"eval/{name}/change_ci95"]
+        change, width = numbers[f"eval/{name}/change"], numbers[f"eval/{name}/change_ci95"]
         role = "trained" if name in config.rewards.train else "held out"
         print(
-            f"  {name:18s} {role:9s} {mean_score(first.scores[name]):.4f} -> {mean_score(last.scores[name]):.4f}"
+            f"  {name:18s} {role:9s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
             f"   {change:+.4f} ± {width:.4f}"
         )
     plots.reward_curve(

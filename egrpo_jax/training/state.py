@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import optax
 from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
+from egrpo_jax.data.prompts import prompts_hash
+from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.update import TrainState, init_state
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.job import Job
 
 
 class Progress(NamedTuple):
@@ -27,10 +29,41 @@ class Progress(NamedTuple):
     position: int
 
 
-def first_progress(trained: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> Progress:
-    """Where a run that trains the parameters `trained` starts."""
-    state = init_state(trained, optimizer, config.learner)
-    return Progress(state, jax.random.key(config.seed), iteration=0, position=0)
+def abstract_state(job: Job, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state: moments and averages lie as their parameters do."""
+    trained, _ = partition(job.pipeline.abstract(mesh), job.pipeline.trainable)
+    shapes = jax.eval_shape(lambda params: init_state(params, job.optimizer, job.config.learner), trained)
+    return with_shardings(mesh, job.pipeline.rules, shapes)
+
+
+def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change: bool = False) -> tuple[Progress, Any]:
+    """The newest checkpoint's progress, or the first of a run, and the parameters that are not trained.
+
+    A checkpoint is restored into shapes, before any weights are read: nothing is ever held twice.
+
+    Raises:
+      UserError: a checkpoint is of another model, or, unless `allow_change`, of other prompts under the same name.
+    """
+    state, key = abstract_state(job, mesh), jax.random.key(job.config.seed)
+    restored = checkpoints.restore_latest({"state": state, "key": jax.random.key_data(key)})
+    if restored is None:
+        trained, frozen = partition(job.pipeline.load(mesh), job.pipeline.trainable)
+        return Progress(_first_state(job, trained, state), key, iteration=0, position=0), frozen
+    iteration, tree, meta = restored
+    if meta["prompts"] != prompts_hash(job.prompts) and not allow_change:
+        raise UserError(
+            f"the prompts {job.config.prompts!r} are not those that the run was saved with; put them back, pass "
+            "--allow_config_change to go on with the new ones, or choose another workdir"
+        )
+    key = jax.random.wrap_key_data(tree["key"])
+    return Progress(tree["state"], key, iteration, meta["position"]), job.pipeline.load_frozen(mesh)
+
+
+def _first_state(job: Job, trained: Any, abstract: TrainState) -> TrainState:
+    """The state before the first update, whose parameters are `trained` themselves."""
+    rest = lambda params: init_state(params, job.optimizer, job.config.learner)._replace(params=None)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract._replace(params=None))
+    return jax.jit(rest, out_shardings=places)(trained)._replace(params=trained)
 
 
 def policy_params(state: TrainState) -> Any:
@@ -38,20 +71,11 @@ def policy_params(state: TrainState) -> Any:
     return state.params if state.ema is None else state.ema
 
 
-def save(checkpoints: Checkpoints, progress: Progress) -> None:
+def save(checkpoints: Checkpoints, progress: Progress, job: Job) -> None:
     """Starts writing a checkpoint."""
     tree = {"state": progress.state, "key": jax.random.key_data(progress.key)}
-    checkpoints.save(progress.iteration, tree, {"position": progress.position})
-
-
-def restore(checkpoints: Checkpoints, start: Progress) -> Progress:
-    """The newest checkpoint's progress, or `start` if there is none."""
-    template = {"state": start.state, "key": jax.random.key_data(start.key)}
-    restored = checkpoints.restore_latest(template)
-    if restored is None:
-        return start
-    iteration, tree, meta = restored
-    return Progress(tree["state"], jax.random.wrap_key_data(tree["key"]), iteration, meta["position"])
+    meta = {"position": progress.position, "prompts": prompts_hash(job.prompts)}
+    checkpoints.save(progress.iteration, tree, meta)
 
 
 def restore_params(workdir: Path, pipeline: Pipeline, config: TrainConfig, mesh: Mesh) -> tuple[Any, int]:

@@ -1,5 +1,8 @@
 """Sampling for evaluations, its record, and the warning of reward hacking."""
 
+import shutil
+
+import chex
 import jax
 import numpy as np
 import pytest
@@ -7,78 +10,91 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.evaluation.history import (
     Evaluation,
-    evaluation_metrics,
+    evaluate,
+    evaluation_numbers,
     load_evaluations,
-    make_evaluation,
     parted_rewards,
     save_evaluation,
 )
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.rewards import CheckedReward, Scores
 from tests import toy
 
 PROMPTS = [f"prompt {'x' * i}" for i in range(7)]
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
 
 
-def sample(batch, prompts=PROMPTS):
-    pipeline = toy.pipeline(None)
-    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
-        return Sampler(pipeline, shifted_times(4, 3.0), batch)(pipeline.load(mesh), prompts, jax.random.key(0))
-
-
-def test_samples_do_not_depend_on_the_batch():
-    whole = sample(7)
-    assert whole.shape == (7, 4, 4, 3)
-    np.testing.assert_allclose(sample(3), whole, atol=1e-6)
-    np.testing.assert_allclose(sample(50, PROMPTS[:2]), whole[:2], atol=1e-6)
-    assert np.abs(whole[0] - whole[1]).mean() > 0.01
-
-
 def evaluation(iteration, **scores):
-    return Evaluation(iteration, {name: np.asarray(values) for name, values in scores.items()}, IMAGES)
+    return Evaluation(iteration, {name: Scores.of(values) for name, values in scores.items()}, IMAGES)
 
 
-def test_record_is_read_back_up_to_an_iteration(tmp_path):
-    images = sample(7)
-    first = make_evaluation(0, {"bright": toy.brightness}, images, PROMPTS, kept=2)
-    save_evaluation(tmp_path, first)
-    save_evaluation(tmp_path, first._replace(iteration=10))
-    save_evaluation(tmp_path, first._replace(iteration=20))
-    assert [record.iteration for record in load_evaluations(tmp_path, 10, ["bright"], 7)] == [0, 10]
-    read = load_evaluations(tmp_path, 0, ["bright"], 7)[0]
-    np.testing.assert_array_equal(read.scores["bright"], first.scores["bright"])
-    np.testing.assert_array_equal(read.images, first.images)
-    assert read.images.shape == (2, 4, 4, 3)
+@pytest.fixture(scope="module")
+def first():
+    pipeline = toy.pipeline(None)
+    rewards = {"bright": CheckedReward("bright", toy.brightness)}
+    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
+        sampler = Sampler(pipeline, shifted_times(4, 3.0), 3)
+        return evaluate(0, sampler, pipeline.load(mesh), PROMPTS, jax.random.key(0), rewards, 2)
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]))
+def test_an_evaluation_scores_every_prompt_and_keeps_evenly_spread_images(first):
+    chex.assert_shape(first.scores["bright"].values, (7,))
+    assert first.scores["bright"].came.all()
+    assert first.images.dtype == np.uint8
+    scored = first.scores["bright"].values[[0, 6]]
+    np.testing.assert_allclose(first.images.mean((1, 2, 3)) / 255, scored, atol=1 / 255)
+
+
+def test_record_is_read_back_up_to_an_iteration(tmp_path, first):
+    for iteration in (0, 10, 20):
+        save_evaluation(tmp_path, first._replace(iteration=iteration), "hash")
+    shutil.copy(tmp_path / "eval" / "000010.npz", tmp_path / "eval" / "000010 (copy).npz")
+    assert [record.iteration for record in load_evaluations(tmp_path, 10, ["bright"], "hash")] == [0, 10]
+    chex.assert_trees_all_equal(load_evaluations(tmp_path, 0, ["bright"], "hash")[0], first)
+
+
+@pytest.mark.parametrize("damage", ["head", "truncated", "flipped", "empty", "other arrays"])
+def test_a_damaged_record_is_named(tmp_path, damage):
+    save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]), "hash")
     path = tmp_path / "eval" / "000000.npz"
-    path.write_bytes(b"PK" + path.read_bytes()[20:])
+    content = bytearray(path.read_bytes())
+    if damage == "head":
+        content = b"PK" + content[20:]
+    elif damage == "truncated":
+        content = content[:-40]
+    elif damage == "flipped":
+        content[70] ^= 255
+    elif damage == "empty":
+        content = b""
+    path.write_bytes(content)
+    if damage == "other arrays":
+        np.savez(path, a=np.zeros(3))
     with pytest.raises(UserError, match=r"cannot read .*000000\.npz"):
-        load_evaluations(tmp_path, 0, ["a"], 2)
+        load_evaluations(tmp_path, 0, ["a"], "hash")
 
 
-@pytest.mark.parametrize(("rewards", "num_prompts"), [(["b"], 2), (["a", "b"], 2), (["a"], 3)])
-def test_a_record_of_something_else_is_refused(tmp_path, rewards, num_prompts):
-    save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]))
-    with pytest.raises(UserError, match=r"000000\.npz is of other rewards or prompts"):
-        load_evaluations(tmp_path, 0, rewards, num_prompts)
+@pytest.mark.parametrize(
+    ("rewards", "prompts", "what"),
+    [(["b"], "hash", "rewards"), (["a", "b"], "hash", "rewards"), (["a"], "x", "prompts")],
+)
+def test_a_record_of_something_else_is_refused(tmp_path, rewards, prompts, what):
+    save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]), "hash")
+    with pytest.raises(UserError, match=rf"000000\.npz is of (the|other) {what}"):
+        load_evaluations(tmp_path, 0, rewards, prompts)
 
 
 def test_a_missing_record_is_named(tmp_path):
     with pytest.raises(UserError, match="found no evaluation"):
-        load_evaluations(tmp_path, 5, ["a"], 2)
+        load_evaluations(tmp_path, 5, ["a"], "hash")
 
 
-def test_metrics_are_paired_changes():
-    metrics = evaluation_metrics(evaluation(0, a=[1.0, 2.0, 3.0]), evaluation(5, a=[2.0, 2.5, 4.5]))
-    assert metrics["eval/a/mean"] == 3.0
-    assert metrics["eval/a/change"] == 1.0
-    # Differences 1, .5, 1.5: standard error .5 / sqrt(3), t quantile 4.303 at two degrees of freedom.
-    np.testing.assert_allclose(metrics["eval/a/change_ci95"], 4.303 * 0.5 / 3**0.5, rtol=1e-3)
+def test_numbers_are_paired_changes():
+    numbers = evaluation_numbers(evaluation(0, a=[1.0, 2.0]), evaluation(5, a=[2.0, 2.5]))
+    assert numbers["eval/a/mean"] == 2.25
+    assert numbers["eval/a/change"] == 0.75
+    assert numbers["eval/a/change_ci95"] == 0.25  # between the one difference and the other
 
 
 RNG = np.random.default_rng(0)
@@ -121,10 +137,10 @@ def test_the_fall_is_counted_from_the_judges_best():
 
 def test_scores_that_never_came_are_counted_and_left_out():
     first, now = evaluation(0, a=[1.0, 2.0, np.nan]), evaluation(5, a=[2.0, np.nan, 4.0])
-    metrics = evaluation_metrics(first, now)
-    assert metrics["eval/a/mean"] == 3
-    assert metrics["eval/a/missing"] == 1
-    assert metrics["eval/a/change"] == 1
+    numbers = evaluation_numbers(first, now)
+    assert numbers["eval/a/mean"] == 3
+    assert numbers["eval/a/missing"] == 1
+    assert numbers["eval/a/change"] == 1
     # A server that was down for a whole evaluation is neither best nor a fall.
     down = evaluation(5, a=[np.nan] * 3, b=[3.0, 4.0, 5.0])
     up = evaluation(0, a=[1.0, 1.0, 1.0], b=[1.0, 2.0, 3.1])

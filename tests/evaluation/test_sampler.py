@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.common.images import to_uint8
-from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.evaluation.sampler import Sampler, pixels
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import toy
@@ -23,30 +22,53 @@ def mesh():
         yield
 
 
+def sample(pipeline, batch, prompts=PROMPTS, first=0):
+    """All images, and the places of the batches."""
+    params = pipeline.load(jax.sharding.get_mesh())
+    sampler = Sampler(pipeline, shifted_times(4, 3.0), batch)
+    places, parts = zip(*sampler(params, prompts, jax.random.key(1), first), strict=True)
+    return np.concatenate(parts), list(places)
+
+
 @pytest.mark.usefixtures("mesh")
 @pytest.mark.parametrize("first", [0, 3])
-def test_batches_are_the_images_in_8_bits(first):
-    pipeline, key = toy.pipeline(None), jax.random.key(1)
-    sampler = Sampler(pipeline, shifted_times(4, 3.0), 2)
-    whole = to_uint8(sampler(pipeline.params, PROMPTS, key))
-    parts = list(sampler.batches(pipeline.params, PROMPTS[first:], key, first))
-    assert [place for place, _ in parts] == list(range(first, 5, 2))
-    assert {images.dtype for _, images in parts} == {np.dtype(np.uint8)}
-    np.testing.assert_array_equal(np.concatenate([images for _, images in parts]), whole[first:])
+def test_samples_do_not_depend_on_the_batch_or_the_start(first):
+    whole, places = sample(toy.pipeline(None), 50)
+    assert whole.shape == (5, 4, 4, 3)
+    assert places == [0]
+    part, places = sample(toy.pipeline(None), 2, PROMPTS[first:], first)
+    assert places == list(range(first, 5, 2))
+    np.testing.assert_allclose(part, whole[first:], atol=1e-6)
+    assert np.abs(whole[0] - whole[1]).mean() > 0.01
+
+
+def broken(value, letter):
+    """The toy pipeline, whose images of prompts with `letter` are not finite."""
+    column = " ae".index(letter)
+    return dataclasses.replace(
+        toy.pipeline(None),
+        velocity=lambda params, latents, time, conditioning: (
+            jnp.where(
+                conditioning["text"][:, column:, None] > 0, value, toy.velocity(params, latents, time, conditioning)
+            )
+            if letter == "e"
+            else jnp.full_like(latents, value)
+        ),
+        decode=lambda _, latents: latents.reshape(-1, 4, 4, 3),
+    )
 
 
 @pytest.mark.usefixtures("mesh")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_image_that_is_not_finite_is_an_error_with_its_prompt(value):
-    """The first prompt with a letter e is the second of all; the first batch comes whole."""
-    pipeline = dataclasses.replace(
-        toy.pipeline(None),
-        velocity=lambda params, latents, time, conditioning: jnp.where(
-            conditioning["text"][:, 2:, None] > 0, value, toy.velocity(params, latents, time, conditioning)
-        ),
-        decode=lambda _, latents: latents.reshape(-1, 4, 4, 3),
-    )
-    batches = Sampler(pipeline, shifted_times(4, 3.0), 1).batches(pipeline.params, PROMPTS, jax.random.key(1))
-    assert next(batches)[0] == 0
+def test_an_image_that_is_not_finite_becomes_no_pixels(value):
+    """The first prompt with a letter e is the second of all."""
+    images, _ = sample(broken(value, "e"), 5)
+    assert pixels(images[:1], PROMPTS[:1]).dtype == np.uint8
     with pytest.raises(UserError, match="the image of the prompt 'tree' is not finite"):
-        next(batches)
+        pixels(images, PROMPTS)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_batch_without_any_finite_image_is_an_error():
+    with pytest.raises(UserError, match="the image of the prompt 'a' is not finite"):
+        sample(broken(np.nan, " "), 2)

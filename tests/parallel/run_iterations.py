@@ -1,8 +1,10 @@
 """Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR`."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -10,12 +12,12 @@ import numpy as np
 
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.parallel.rules import lay_out
+from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import run_iteration
 from egrpo_jax.training.job import make_job, make_steps
-from egrpo_jax.training.state import first_progress
+from egrpo_jax.training.state import start_or_resume
 
 
 def main(config_file, out, *axes):
@@ -29,12 +31,12 @@ def main(config_file, out, *axes):
     config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(*map(int, axes)))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        job, trained = make_job(config, mesh)
-        progress = first_progress(trained, job.optimizer, config)
-        progress = progress._replace(state=lay_out(mesh, job.pipeline.rules, progress.state))
+        job = make_job(config, mesh)
+        with contextlib.closing(Checkpoints(tempfile.mkdtemp())) as empty:
+            progress, frozen = start_or_resume(job, empty, mesh)
         steps = make_steps(job)
         for _ in range(3):
-            progress, metrics = run_iteration(job, steps, progress, PhaseTimer())
+            progress, metrics = run_iteration(job, steps, frozen, progress, PhaseTimer())
     leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
     np.savez(Path(out), reward=metrics[f"reward/{config.rewards.train[0]}/mean"], **leaves)
 

@@ -47,7 +47,8 @@ def load(folder, **changes):
 def sample(pipeline):
     with jax.set_mesh(MESH):
         times = shifted_times(STEPS, pipeline.sampling_shift)
-        return Sampler(pipeline, times, len(PROMPTS))(pipeline.load(MESH), PROMPTS, jax.random.key(0))
+        ((_, images),) = Sampler(pipeline, times, len(PROMPTS))(pipeline.load(MESH), PROMPTS, jax.random.key(0))
+        return images
 
 
 @pytest.mark.parametrize("name", ["dev", "schnell"])

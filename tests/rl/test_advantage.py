@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.rl.advantage import credit, group_advantage, groups_left_out, zero_spread_share
+from egrpo_jax.rl.advantage import complete_groups, group_advantage, zero_spread_share
+from egrpo_jax.rl.advantage import credit as credit_of
 
 
 class AdvantageTest(chex.TestCase):
@@ -23,10 +24,9 @@ class AdvantageTest(chex.TestCase):
         chex.assert_trees_all_equal(self.variant(group_advantage)(rewards), jnp.zeros_like(rewards))
 
 
-def test_a_reward_that_is_nan_shows():
-    advantage = group_advantage(jnp.array([[1.0, jnp.nan, 2.0], [1.0, 2.0, 3.0]]))
-    assert jnp.isnan(advantage[0]).all()
-    assert jnp.isfinite(advantage[1]).all()
+def credit(rewards, weights, combination="advantages", clips=None, came=None):
+    came = jnp.ones(next(iter(rewards.values())).shape, bool) if came is None else came
+    return credit_of(rewards, came, weights, combination, clips)
 
 
 def test_credit_normalises_each_reward_before_weighting():
@@ -35,12 +35,12 @@ def test_credit_normalises_each_reward_before_weighting():
     rewards = {"small": jnp.array(small), "large": jnp.array(100 * large + 7), "heldout": jnp.array(large)}
     got = credit(rewards, {"small": 0.7, "large": 0.3})
 
-    expected = np.zeros((4, 3, 5))
+    expected = np.zeros((3, 4, 5))
     for weight, reward in ((0.7, small), (0.3, large)):
         for stride in range(2):
             r = reward[:, :, stride].astype(np.float64)
             normal = (r - r.mean(-1, keepdims=True)) / r.std(-1, ddof=1, keepdims=True)
-            expected += weight * normal.swapaxes(0, 1)
+            expected += weight * normal
     chex.assert_trees_all_close(got, expected.astype(np.float32), atol=2e-4)
 
 
@@ -88,21 +88,17 @@ def test_one_rewards_advantage_is_clipped_and_the_others_are_not():
 
 
 @pytest.mark.parametrize("combination", ["advantages", "sum", "decoupled"])
-def test_a_group_that_lacks_a_score_is_left_out_and_the_others_are_as_without_it(combination):
+@pytest.mark.parametrize("left", [0.0, 1e9])
+def test_a_group_that_lacks_a_score_is_left_out_and_the_others_are_as_without_it(combination, left):
     rewards = two_rewards()
-    rewards["second"] = rewards["second"].at[1, 0, 0, 2].set(jnp.nan)
-    assert groups_left_out(rewards) == 1
+    rewards["second"] = rewards["second"].at[1, 0, 0, 2].set(left)  # what stands there means nothing
+    came = jnp.ones((2, 2, 1, 3), bool).at[1, 0, 0, 2].set(False)
+    np.testing.assert_array_equal(complete_groups(came), [[True, True], [False, True]])
     weights = {"first": 1.0, "second": 1.0}
-    got = np.asarray(credit(rewards, weights, combination))
-    np.testing.assert_array_equal(got[0, 1], 0)
+    got = np.asarray(credit(rewards, weights, combination, came=came))
+    np.testing.assert_array_equal(got[1, 0], 0)
 
     # The other three groups, as if they were all: one prompt, three active steps.
     kept = {name: jnp.stack([r[0, 0], r[0, 1], r[1, 1]])[None] for name, r in two_rewards().items()}
-    expected = credit(kept, weights, combination)[:, 0]
-    chex.assert_trees_all_close(np.stack([got[0, 0], got[1, 0], got[1, 1]]), np.asarray(expected), atol=1e-5)
-
-
-def test_without_any_group_there_is_nothing_to_learn_from():
-    nothing = {"r": jnp.full((2, 2, 1, 3), jnp.nan)}
-    assert jnp.isnan(credit(nothing, {"r": 1.0})).all()
-    assert groups_left_out(nothing) == 4
+    expected = credit(kept, weights, combination)[0]
+    chex.assert_trees_all_close(np.stack([got[0, 0], got[0, 1], got[1, 1]]), np.asarray(expected), atol=1e-5)

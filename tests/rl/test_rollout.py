@@ -10,7 +10,7 @@ import pytest
 
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, policy_loss
+from egrpo_jax.rl.update import policy_log_prob
 from tests import toy
 
 PARAMS = toy.params()
@@ -47,10 +47,8 @@ def test_counted_model_calls_equal_the_plans_cost(config):
     assert counting.samples == 2 * plan.rollout_passes
     counting.samples = 0
     for step in range(len(plan.branches)):
-        transitions = jax.tree.map(lambda x, step=step: x[step], rollout.transitions)
-        policy_loss(
-            counting, PARAMS, transitions, jnp.ones_like(transitions.log_prob), toy.conditioning(2), LearnerConfig()
-        )
+        transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
+        policy_log_prob(counting, PARAMS, transitions, toy.conditioning(2))
     jax.effects_barrier()
     assert counting.samples == 2 * plan.training_passes
     assert plan.forward_passes == plan.rollout_passes + plan.training_passes
@@ -70,9 +68,10 @@ def test_branches_leave_the_anchor_and_tails_start_where_the_merged_step_ends():
 
     noise = anchor_noise(prompt_keys(jax.random.key(0), 0, 1), toy.SHAPE)
     for index, branch in enumerate(plan.branches):
-        chex.assert_trees_all_close(rollout.transitions.latents[index], euler(noise, range(branch.step + 1)), atol=1e-5)
+        latents = rollout.transitions.latents[:, index]
+        chex.assert_trees_all_close(latents, euler(noise, range(branch.step + 1)), atol=1e-5)
         for sample in range(2):
-            start = rollout.transitions.next_latents[index, :, sample]
+            start = rollout.transitions.next_latents[:, index, sample]
             chex.assert_trees_all_close(
                 rollout.latents[:, index, 0, sample], euler(start, range(branch.stop, 9)), atol=1e-5
             )

@@ -12,10 +12,10 @@ import pytest
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.transition import log_prob, sde_kernel
 from egrpo_jax.rl.loss import clipped_ratio_loss
-from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer, make_schedule, skipped_updates
+from egrpo_jax.rl.optimizer import OptimConfig, last_learning_rate, make_optimizer, make_schedule
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, init_state, policy_loss, update
+from egrpo_jax.rl.update import LearnerConfig, init_state, policy_log_prob, policy_loss, update
 from tests import toy
 
 PARAMS, TEXT = toy.params(), toy.conditioning(4)
@@ -25,12 +25,12 @@ ADVANTAGE = jax.random.normal(jax.random.key(1), TRANSITIONS.log_prob.shape)
 OPTIM = OptimConfig(learning_rate=1e-3)
 
 
-def run(config, optim=OPTIM, advantage=ADVANTAGE, params=PARAMS, steps=1):
-    optimizer = make_optimizer(optim)
-    state, stats = init_state(params, optimizer, config), None
+def run(config, optim=OPTIM, steps=1, params=PARAMS, advantage=ADVANTAGE, transitions=TRANSITIONS, **given):
+    optimizer = given.get("optimizer") or make_optimizer(optim)
+    state, stats = given.get("state") or init_state(params, optimizer, config), None
     step = jax.jit(functools.partial(update, toy.velocity, optimizer, config))
     for _ in range(steps):
-        state, stats = step(state, TRANSITIONS, advantage, TEXT)
+        state, stats = step(state, transitions, advantage, TEXT)
     return state, stats
 
 
@@ -39,12 +39,16 @@ def moved(seed=3):
     return jax.tree.map(lambda p, q: p + 0.02 * q, PARAMS, toy.params(seed))
 
 
+def loss_of(params, transitions, advantage, text, config):
+    scored = policy_log_prob(toy.velocity, params, transitions, text)
+    return policy_loss(scored, transitions.log_prob, advantage, config)[0]
+
+
 @pytest.mark.parametrize("params", [PARAMS, moved()], ids=["on_policy", "off_policy"])
 @pytest.mark.parametrize("step", range(4))
 def test_one_shared_forward_equals_separate_forwards(params, step):
-    transitions, advantage = jax.tree.map(lambda x: x[step], TRANSITIONS), ADVANTAGE[step]
-    config = LearnerConfig(clip_range=5e-3)
-    shared = jax.grad(lambda p: policy_loss(toy.velocity, p, transitions, advantage, TEXT, config)[0])(params)
+    transitions, advantage = jax.tree.map(lambda x: x[:, step], TRANSITIONS), ADVANTAGE[:, step]
+    shared = jax.grad(lambda p: loss_of(p, transitions, advantage, TEXT, LearnerConfig(clip_range=5e-3)))(params)
 
     def separate(p):
         """Every sample as a state of its own."""
@@ -88,11 +92,9 @@ def by_hand(schedule, config):
         total = jax.tree.map(jnp.zeros_like, params)
         for step in group:
             for k in range(4):
-                transitions = jax.tree.map(lambda x: x[step, k : k + 1], TRANSITIONS)
-                text = {"text": TEXT["text"][k : k + 1]}
-                grad = jax.grad(
-                    lambda p: policy_loss(toy.velocity, p, transitions, ADVANTAGE[step, k : k + 1], text, config)[0]
-                )(params)
+                transitions = jax.tree.map(lambda x: x[k : k + 1, step], TRANSITIONS)
+                advantage, text = ADVANTAGE[k : k + 1, step], {"text": TEXT["text"][k : k + 1]}
+                grad = jax.grad(lambda p: loss_of(p, transitions, advantage, text, config))(params)
                 total = jax.tree.map(lambda a, b: a + b / (4 * len(group)), total, grad)
         updates, opt_state = optimizer.update(total, opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -109,7 +111,7 @@ def test_schedules_and_accumulation_equal_plain_loops(schedule, micro_batch):
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match=r"learner\.micro_batch: found 3, expected a divisor of the 4 prompts"):
+    with pytest.raises(ValueError, match=r"micro-batch of 3 states does not divide 4 prompts"):
         run(LearnerConfig(micro_batch=3))
 
 
@@ -120,23 +122,50 @@ def test_moving_average():
     assert run(LearnerConfig())[0].ema is None
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, -jnp.inf], ids=["reward_nan", "ratio_overflow"])
-def test_what_is_not_finite_is_skipped_and_counted(bad):
-    state, _ = run(LearnerConfig(), steps=2)
-    poisoned, transitions = ADVANTAGE, TRANSITIONS
-    if np.isnan(bad):
-        poisoned = ADVANTAGE.at[1, 2, 3].set(bad)
-    else:
-        transitions = TRANSITIONS._replace(log_prob=TRANSITIONS.log_prob.at[0, 0, 0].set(bad))
-    update_fn = jax.jit(functools.partial(update, toy.velocity, make_optimizer(OPTIM), LearnerConfig()))
-    step = lambda state, advantage, transitions: update_fn(state, transitions, advantage, TEXT)[0]
-    skipped = step(state, poisoned, transitions)
+def test_old_log_probabilities_are_those_of_the_updates_own_forward_pass():
+    """Whatever rounding the rollout's have, the ratio is 1 before the first update, and the rounding is measured."""
+    rounded = TRANSITIONS._replace(log_prob=TRANSITIONS.log_prob + 3e-4)
+    for schedule in ("joint", "per_active_step"):
+        config = LearnerConfig(schedule=schedule)
+        (state, stats), (exact, _) = run(config, transitions=rounded), run(config)
+        np.testing.assert_allclose(stats.loss.ratio[0], 1.0, atol=1e-7)
+        np.testing.assert_allclose(stats.rollout_deviation[0], 3e-4, rtol=2e-2)
+        chex.assert_trees_all_equal(state.params, exact.params)
+
+
+def infinite(optimizer):
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.tree.scale(jnp.inf, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+POISON = {
+    "advantage": {"advantage": ADVANTAGE.at[2, 1, 3].set(jnp.nan)},
+    "sample": {"transitions": TRANSITIONS._replace(latents=TRANSITIONS.latents.at[0, 0, 0, 0].set(jnp.inf))},
+    "update": {"optimizer": infinite(make_optimizer(OPTIM))},  # of a finite gradient
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_what_would_not_leave_everything_finite_is_skipped_and_counted(poison):
+    state, _ = run(LearnerConfig(ema_decay=0.5), steps=2)
+    skipped, _ = run(LearnerConfig(ema_decay=0.5), state=state, **POISON[poison])
     chex.assert_trees_all_equal(skipped.params, state.params)
-    chex.assert_trees_all_equal(skipped.opt_state.inner_state, state.opt_state.inner_state)
-    assert [int(count) for count in skipped_updates(skipped.opt_state)] == [1, 1]
-    recovered = step(skipped, ADVANTAGE, TRANSITIONS)
-    assert [int(count) for count in skipped_updates(recovered.opt_state)] == [0, 1]
-    chex.assert_trees_all_close(recovered.params, step(state, ADVANTAGE, TRANSITIONS).params)
+    chex.assert_trees_all_equal(skipped.opt_state, state.opt_state)
+    assert [int(count) for count in skipped.skipped] == [1, 1]
+    recovered, _ = run(LearnerConfig(ema_decay=0.5), state=skipped)
+    assert [int(count) for count in recovered.skipped] == [0, 1]
+    chex.assert_trees_all_equal(recovered.params, run(LearnerConfig(ema_decay=0.5), state=state)[0].params)
+
+
+def test_parameters_that_would_overflow_what_they_are_stored_in_are_not_kept():
+    half = jax.tree.map(lambda p: jnp.full_like(p, 3e38, jnp.bfloat16), PARAMS)
+    doubling = optax.stateless(lambda _, params: jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    state, _ = run(LearnerConfig(), params=half, advantage=0 * ADVANTAGE, optimizer=doubling)
+    chex.assert_trees_all_equal(state.params, half)
+    assert int(state.skipped.in_a_row) == 1
 
 
 def test_a_step_lowers_the_loss():
@@ -150,7 +179,7 @@ def test_a_step_lowers_the_loss():
 def policy_gain(params):
     config = LearnerConfig(clip_range=1.0)
     losses = [
-        policy_loss(toy.velocity, params, jax.tree.map(lambda x, i=i: x[i], TRANSITIONS), ADVANTAGE[i], TEXT, config)[0]
+        loss_of(params, jax.tree.map(lambda x, i=i: x[:, i], TRANSITIONS), ADVANTAGE[:, i], TEXT, config)
         for i in range(4)
     ]
     return -float(sum(losses))
@@ -160,6 +189,14 @@ def test_warmup():
     schedule = make_schedule(OptimConfig(learning_rate=1e-3, warmup_updates=4))
     np.testing.assert_allclose([schedule(i) for i in (0, 2, 4, 9)], [2.5e-4, 6.25e-4, 1e-3, 1e-3], rtol=1e-6)
     assert make_schedule(OptimConfig(learning_rate=1e-3))(0) == 1e-3
+
+
+def test_the_last_learning_rate_is_that_of_the_last_update_that_was_applied():
+    optim = OptimConfig(learning_rate=1e-3, warmup_updates=4)
+    state, _ = run(LearnerConfig(), optim, steps=2)
+    np.testing.assert_allclose(last_learning_rate(state.opt_state), 4.375e-4, rtol=1e-6)
+    skipped, _ = run(LearnerConfig(), optim, state=state, advantage=ADVANTAGE * jnp.nan)
+    np.testing.assert_allclose(last_learning_rate(skipped.opt_state), 4.375e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

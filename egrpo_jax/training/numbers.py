@@ -1,0 +1,76 @@
+"""The numbers that an iteration writes down, beside those of its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egrpo_jax.rewards import Scores
+from egrpo_jax.rl.advantage import zero_spread_share
+from egrpo_jax.rl.optimizer import last_learning_rate
+from egrpo_jax.rl.plan import Plan
+from egrpo_jax.rl.update import TrainState, UpdateStats
+from egrpo_jax.run.timing import PhaseTimer, peak_device_memory, peak_flops
+from egrpo_jax.training.job import Job
+
+
+def reward_numbers(
+    plan: Plan, scores: Mapping[str, Scores], heldout: Mapping[str, float], finite: np.ndarray
+) -> dict[str, float]:
+    """Of each reward `[P, E, R, G]`: mean, std, the mean std within a group by active step, groups without spread,
+    scores that never came; all else is of those that did. Images that are not `finite` are counted apart."""
+    numbers: dict[str, Any] = {f"reward/{name}/mean": mean for name, mean in heldout.items()}
+    for name, (values, came) in scores.items():
+        shown = np.where(came, values, np.nan)
+        within = jnp.nanmean(jnp.std(shown, -1, ddof=1), (0, 2))
+        numbers[f"reward/{name}/mean"] = jnp.nanmean(shown)
+        numbers[f"reward/{name}/std"] = jnp.nanstd(shown)
+        numbers[f"reward/{name}/zero_std_groups"] = zero_spread_share(shown)
+        numbers[f"reward/{name}/missing"] = (finite & ~came).sum()
+        for branch, std in zip(plan.branches, within, strict=True):
+            numbers[f"reward/{name}/std_step_{branch.step}"] = std
+    numbers["images_not_finite"] = (~finite).sum()
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState) -> dict[str, float]:
+    """Of the iteration's updates: means over them, the largest deviations of a ratio from 1, counters."""
+    numbers = {
+        "loss": stats.loss.loss.mean(),
+        "ratio/mean": stats.loss.ratio.mean(),
+        "ratio/max_deviation": stats.loss.ratio_deviation.max(),
+        "ratio/on_policy_deviation": stats.loss.ratio_deviation[0],
+        "ratio/rollout_deviation": stats.rollout_deviation[0],
+        "clip/high": stats.loss.clip_high.mean(),
+        "clip/low": stats.loss.clip_low.mean(),
+        "kl": stats.loss.kl.mean(),
+        "advantage/std": advantage.std(),
+        "advantage/max": abs(advantage).max(),
+        "grad_norm": stats.grad_norm.mean(),
+        "update_norm": stats.update_norm.mean(),
+        "skipped_updates": state.skipped.in_all,
+        "skipped_in_a_row": state.skipped.in_a_row,
+        "learning_rate": last_learning_rate(state.opt_state),
+        "updates": len(stats.grad_norm),
+    }
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def speed_numbers(job: Job, timer: PhaseTimer) -> dict[str, float]:
+    """Seconds by phase, images a second; peak device memory and model FLOP utilisation where they are known."""
+    seconds = timer.take()
+    prompts = job.config.prompts_per_iteration
+    speed = {"images_per_second": prompts * job.plan.decodes / seconds["seconds/iteration"]}
+    if (memory := peak_device_memory()) is not None:
+        speed["peak_device_memory"] = memory
+    peak, flops = peak_flops(jax.devices()[0].device_kind), job.pipeline.forward_flops
+    if peak is not None and flops is not None:
+        work = prompts * job.plan.forward_equivalents * flops
+        busy = seconds["seconds/rollout"] + seconds["seconds/update"]
+        speed["model_flop_utilisation"] = work / (busy * peak * jax.device_count())
+    return seconds | speed

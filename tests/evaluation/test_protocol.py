@@ -1,0 +1,57 @@
+"""How an evaluation was made."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from egrpo_jax.common.config import to_config_dict
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.evaluation import protocol
+from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
+from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.training.config import RewardsConfig, TrainConfig
+
+
+def test_hash_is_that_of_a_text_file():
+    described = protocol.describe_prompts("mine.txt", ["one", "zwölf"])
+    assert described["sha256"] == hashlib.sha256("one\nzwölf\n".encode()).hexdigest()
+    assert described["count"] == 2
+
+
+def test_what_was_trained_on_is_what_the_run_says(tmp_path):
+    config = TrainConfig(rewards=RewardsConfig(train=("emoji",)))
+    assert protocol.trained_rewards(config.rewards.train, None) == ("emoji",)
+    claim_workdir(tmp_path, {"rewards": {"train": ["emoji_weak"]}}, False)
+    assert protocol.trained_rewards(config.rewards.train, tmp_path) == ("emoji_weak",)
+    with pytest.raises(UserError, match=r"found no config\.json"):
+        protocol.trained_rewards(config.rewards.train, tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        protocol.trained_rewards(config.rewards.train, tmp_path)
+    (tmp_path / "config.json").write_text('{"rewards": 3}')
+    with pytest.raises(UserError, match=r"config\.json has no rewards\.train"):
+        protocol.trained_rewards(config.rewards.train, tmp_path)
+
+
+@pytest.mark.parametrize("has_guidance", [True, False])
+def test_guidance_is_told_where_the_model_has_it(has_guidance):
+    config = ModelConfig(name="flux", path="org/model", flux=FluxOptions(guidance=4.5))
+    params = {"transformer": {"guidance_in" if has_guidance else "time_in": {"kernel": np.zeros(1)}}}
+    described = protocol.describe_model(config, SimpleNamespace(abstract_params=params))
+    assert described == {"name": "flux", "path": "org/model"} | ({"guidance": 4.5} if has_guidance else {})
+
+
+def test_rewards_are_described_without_secrets():
+    chat = RemoteConfig("http://host/v1?key=secret", protocol="chat", model="Judge-7B")
+    scorers = ScorersConfig(hps=HpsConfig(path="hps.pt"), remote={"vlm": chat})
+    assert protocol.describe_reward("imagereward", scorers).endswith(
+        "(THUDM/ImageReward, google-bert/bert-base-uncased)"
+    )
+    assert protocol.describe_reward("vlm", scorers) == "at http://host/v1, protocol chat, Judge-7B"
+    assert protocol.describe_reward("mine:reward", scorers) == "the user's own"
+    assert "secret" not in json.dumps(protocol.public_config(to_config_dict(TrainConfig(scorers=scorers)).to_dict()))

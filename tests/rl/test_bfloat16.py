@@ -1,0 +1,62 @@
+"""The ratio in bfloat16, in which every program rounds differently."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.parallel.mesh import EXACT
+from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
+from egrpo_jax.rl.plan import PlanConfig, make_plan
+from egrpo_jax.rl.rollout import prompt_keys, roll_out
+from egrpo_jax.rl.update import LearnerConfig, init_state, update
+
+CONFIG = FluxConfig(
+    in_channels=16, num_double_blocks=1, num_single_blocks=1, num_heads=2, head_dim=16, text_dim=24, pooled_dim=20,
+    axes_dims=(4, 6, 6),
+)  # fmt: skip
+GRID = (4, 4)
+PROMPTS = 4
+TEXT = jax.random.normal(jax.random.key(1), (PROMPTS, 12, CONFIG.text_dim))
+POOLED = jax.random.normal(jax.random.key(2), (PROMPTS, CONFIG.pooled_dim))
+
+
+def velocity(remat, params, latents, time, conditioning):
+    model = Flux(CONFIG, jnp.bfloat16, remat=remat)
+    return model.apply({"params": params}, latents, time, *conditioning, jnp.full(time.shape, 3.5), grid=GRID)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    model = Flux(CONFIG)
+    latents = jnp.zeros((1, 16, CONFIG.in_channels))
+    init = lambda: model.init(jax.random.key(3), latents, jnp.zeros(1), TEXT[:1], POOLED[:1], jnp.zeros(1), grid=GRID)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(init)["params"])
+    keys = jax.random.split(jax.random.key(4), len(shapes))
+    # All random: freshly made, gates and the last layer are zero, and the velocity with them.
+    params = tree.unflatten([0.3 * jax.random.normal(key, s.shape) for key, s in zip(keys, shapes, strict=True)])
+    roll = jax.jit(functools.partial(roll_out, functools.partial(velocity, "none")), static_argnums=(1, 4))
+    plan = make_plan(PlanConfig(num_steps=6, group_size=4))
+    keys = prompt_keys(jax.random.key(0), 0, PROMPTS)
+    return params, roll(params, plan, (TEXT, POOLED), keys, (16, CONFIG.in_channels)).transitions
+
+
+SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections", "blocks") for batch in (1, None)]
+
+
+@pytest.mark.parametrize(("remat", "micro_batch", "schedule"), [*SETTINGS, ("blocks", 1, "joint")])
+def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, schedule):
+    params, transitions = sampled
+    # So small a learning rate moves no float32: every update is at the parameters that sampled.
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-12))
+    config = LearnerConfig(schedule=schedule, micro_batch=micro_batch)
+    step = functools.partial(update, functools.partial(velocity, remat), optimizer, config)
+    advantage = jax.random.normal(jax.random.key(5), transitions.log_prob.shape)
+    step = jax.jit(step, compiler_options=EXACT)
+    _, stats = step(init_state(params, optimizer, config), transitions, advantage, (TEXT, POOLED))
+    assert stats.loss.ratio_deviation.max() <= 1e-6
+    assert stats.loss.clip_high.max() == stats.loss.clip_low.max() == 0
+    # The rollout's own log-densities, of another program, would not do.
+    assert stats.rollout_deviation[0] > 1e-6
