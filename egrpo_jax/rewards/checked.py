@@ -120,7 +120,7 @@ def blamed(name: str, reward: Any, own: bool) -> Iterator[None]:
 
 
 def _to_numbers(found: Any) -> np.ndarray | None:
-    """What a reward gave as an array of real numbers, nan for None in a list; None if it is no such array."""
+    """Real numbers from what a reward gave, nan for None in a list; None if they are not such."""
     if isinstance(found, Scores):  # of a reward that is made of another
         found = found.with_nan()
     elif isinstance(found, list | tuple):
