@@ -95,7 +95,7 @@ class CheckedReward:
         def wait() -> Scores:
             with blamed(self.name, self._reward, self._own):
                 found = pending()
-                numbers = to_numbers(found)
+                numbers = _to_numbers(found)
             count = len(prompts)
             if numbers is None or numbers.shape not in ((count,), (count, 1)):
                 expected = f"expected an array [{count}] or a list of numbers, one for each image"
@@ -119,8 +119,8 @@ def blamed(name: str, reward: Any, own: bool) -> Iterator[None]:
         raise RewardError(f"the reward {name!r} raised {said}{_place(reward, error)}") from error
 
 
-def to_numbers(found: Any) -> np.ndarray | None:
-    """What a reward gave as an array of real numbers, nan for None in a list; None if it is no such array."""
+def _to_numbers(found: Any) -> np.ndarray | None:
+    """Real numbers from what a reward gave, nan for None in a list; None if they are not such."""
     if isinstance(found, Scores):  # of a reward that is made of another
         found = found.with_nan()
     elif isinstance(found, list | tuple):
