@@ -64,7 +64,7 @@ def chats(text):
 
 
 def closes(*_):
-    """Without a byte."""
+    """Closes without a byte."""
 
 
 def closes_midway(handler, _):

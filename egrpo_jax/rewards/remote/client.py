@@ -34,7 +34,7 @@ LONGEST_PAUSE = 30.0
 
 
 class Protocol(typing.Protocol):
-    """How images become requests, and answers scores."""
+    """A way to make requests of images, and scores of answers."""
 
     url: str
     batch: int

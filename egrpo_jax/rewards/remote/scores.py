@@ -20,7 +20,7 @@ from egrpo_jax.rewards.remote.post import Fault
 
 _LARGEST = float(np.finfo(np.float32).max)
 MOST_PIXELS = 2**26
-"""In all images of a request together: 16 of 2048 x 2048."""
+"""Pixels in all images of a request together: 16 of 2048 x 2048."""
 
 
 class Scores:
