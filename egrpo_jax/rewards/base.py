@@ -64,8 +64,3 @@ def start(reward: Reward, images: chex.Array, prompts: Sequence[str]) -> Pending
         return in_background(images, prompts)
     scores = reward(images, prompts)
     return lambda: scores
-
-
-def with_nan(scores: Any) -> chex.Array:
-    """The scores `[B]` of a reward, checked or not, nan where none came."""
-    return scores.with_nan() if isinstance(scores, Scores) else scores

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from dataclasses import field
 from typing import Literal
-from urllib.parse import urlsplit
 
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.rewards.remote.address import ascii_url
 
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -91,8 +91,7 @@ class RemoteConfig:
     best: float = 5.0
 
     def __post_init__(self) -> None:
-        if not _is_url(self.url):
-            raise ConfigError("url", self.url, "http://host:port/path, or https, without a user's name")
+        ascii_url(self.url)
         for key in ("batch", "concurrency", "max_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "at least 1")
@@ -103,16 +102,6 @@ class RemoteConfig:
             raise ConfigError("retries", self.retries, "at least 0")
         if not 0 <= self.backoff < math.inf:
             raise ConfigError("backoff", self.backoff, "a number, at least 0")
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
-        )
-    except ValueError:  # a port that is no number
-        return False
 
 
 @dataclasses.dataclass(frozen=True)

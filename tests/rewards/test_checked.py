@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.rewards import CheckedReward, RewardError, Scores, load_reward, with_nan
+from egrpo_jax.rewards import CheckedReward, RewardError, Scores, load_reward
 from egrpo_jax.rewards.registry import BUILT_IN
 from tests.rewards import own
 
@@ -182,7 +183,7 @@ def test_scores_of_another_reward_are_scores(images):
     inner = load("inf_some")
     scores = CheckedReward("outer", inner)(images, PROMPTS)
     np.testing.assert_array_equal(scores.came, [False, True, True, False, True])
-    np.testing.assert_array_equal(with_nan(scores), with_nan(inner(images, PROMPTS)))
+    chex.assert_trees_all_equal(scores, inner(images, PROMPTS))
 
 
 def test_the_mean_is_of_the_scores_that_came():

@@ -10,12 +10,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.rewards.config import RemoteConfig
 from egrpo_jax.rewards.jpeg import to_jpeg
+from egrpo_jax.rewards.remote.address import ascii_url
 from egrpo_jax.rewards.remote.post import Fault
 from egrpo_jax.rewards.remote.scores import to_number
 
@@ -53,13 +55,15 @@ BUILT_IN = {
 
 
 class Chat:
-    """See `remote.Protocol`."""
+    """A `client.Protocol`."""
 
     batch = 1
 
     def __init__(self, config: RemoteConfig):
-        """Raises ConfigError: no such template, or a wrong pattern."""
-        self.url = f"{config.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+        """Raises ConfigError: no address, no such template, or a wrong pattern."""
+        parts = urlsplit(ascii_url(config.url))
+        path = f"{parts.path.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+        self.url = parts._replace(path=path).geturl()
         self._model, self._max_tokens, self._best = config.model, config.max_tokens, config.best
         self._template, self._patterns = _question(config)
 

@@ -34,7 +34,7 @@ LONGEST_PAUSE = 30.0
 
 
 class Protocol(typing.Protocol):
-    """How images become requests, and answers scores."""
+    """A way to make requests of images, and scores of answers."""
 
     url: str
     batch: int
@@ -134,7 +134,7 @@ class RemoteReward:
         return call.result
 
     def _work(self, call: _Call, images: np.ndarray, prompts: list[str]) -> None:
-        """What a thread does: one request after another."""
+        """Sends one request after another, in a thread of its own."""
         try:
             while call.left():
                 try:
@@ -149,23 +149,30 @@ class RemoteReward:
         """Puts the scores of `rows` into `call`, in as many attempts as there may be."""
         body = json.dumps(self._protocol.request(images, prompts)).encode()
         for attempt in range(self._config.retries + 1):
-            timeout = min(self._config.timeout, call.left())
-            if not timeout:
+            if not call.left():
                 return
             try:
-                answer = post(self._protocol.url, body, self._headers, timeout)
-                scores = np.array(self._protocol.scores(answer, len(prompts)), np.float32)
-                call.scores[rows] = scores
-                if not np.isnan(scores).any():
-                    return
-                raise Fault("not a number", f"{np.isnan(scores).sum()} of {scores.size} scores")
+                self._attempt(call, rows, body)
+                return
             except Fault as fault:
                 self._report(call, fault)
                 if not fault.retry:
                     return
+                after = fault.after
             if attempt < self._config.retries:
-                pause = min(self._config.backoff * 2**attempt, LONGEST_PAUSE)
-                time.sleep(min(pause * random.uniform(0.5, 1), call.left()))  # not all at the same moment again
+                time.sleep(min(max(self._pause(attempt), after), call.left()))
+
+    def _attempt(self, call: _Call, rows: slice, body: bytes) -> None:
+        """Sends one request. Raises Fault if there is a score that did not come; the others are in `call`."""
+        answer = post(self._protocol.url, body, self._headers, min(self._config.timeout, call.left()))
+        scores = np.array(self._protocol.scores(answer, len(call.scores[rows])), np.float32)
+        call.scores[rows] = scores
+        if np.isnan(scores).any():
+            raise Fault("not a number", f"{np.isnan(scores).sum()} of {scores.size} scores")
+
+    def _pause(self, attempt: int) -> float:
+        """Seconds, not the same for all requests, so that they do not come again at the same moment."""
+        return min(self._config.backoff * 2.0 ** min(attempt, 64), LONGEST_PAUSE) * random.uniform(0.5, 1)
 
     def _report(self, call: _Call, fault: Fault, count: int = 1) -> None:
         """Counts `fault`, and prints the first of its kind in a call."""
@@ -179,10 +186,14 @@ class RemoteReward:
 
 
 def _authorization(variable: str | None) -> dict[str, str]:
-    """The header with the key in the environment variable `variable`. Raises ConfigError if it is empty."""
+    """The header with the key in the environment variable `variable`. Raises ConfigError if there is none in it."""
     if variable is None:
         return {}
+    if not variable.isidentifier():  # the key itself, perhaps
+        raise ConfigError("api_key", "...", "the name of an environment variable that holds the key")
     key = os.environ.get(variable, "").strip()
     if not key or not key.isprintable() or not key.isascii():
-        raise ConfigError("api_key", variable, "the name of an environment variable that holds the key")
+        raise ConfigError(
+            "api_key", variable, "the name of an environment variable that holds the key, a line of ASCII"
+        )
     return {"Authorization": f"Bearer {key}"}

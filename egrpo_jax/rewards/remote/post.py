@@ -1,38 +1,49 @@
-"""One HTTP request that ends in time and in bounded memory, whatever the server does.
+"""HTTP requests that end in time and in bounded memory, whatever the server does.
 
-The socket's own timeout starts anew with each byte, so that a server which trickles bytes is never late: here one
-deadline holds for all of a request. Proxies named in the environment are not used.
+They go through urllib3, which needs no other package (requests, httpx and aiohttp bring four to nine) and uses no
+proxy, redirection or attempt of its own unless told to. No timeout of a socket is a deadline, since it starts anew
+with each byte and a server that trickles bytes is never late: so the connection is shut from outside when it is over.
 """
 
 from __future__ import annotations
 
-import functools
-import http.client
-import io
+import contextlib
 import json
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError
 
 LONGEST_ANSWER = 4 * 2**20
 RETRIED = (429, 500, 502, 503, 504)
 
 
 class Fault(Exception):
-    """No scores came of a request. `kind` is what is counted; `retry` says whether another attempt may do better."""
+    """A request that brought no scores.
 
-    def __init__(self, kind: str, detail: str, retry: bool = True):
+    Attributes:
+      kind: what is counted.
+      retry: whether another attempt may do better.
+      after: seconds which the server wants to be left alone before.
+    """
+
+    def __init__(self, kind: str, detail: str, retry: bool = True, after: float = 0.0):
         super().__init__(f"{kind}: {' '.join(detail.split())[:200]}")
-        self.kind, self.retry = kind, retry
+        self.kind, self.retry, self.after = kind, retry, after
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Any:
-    """What the JSON answer to `body`, which is JSON too, says.
+    """Sends `body`, which is JSON, and returns the content of the answer, which is JSON too.
 
     Args:
-      url: http or https.
+      url: http or https, in ASCII.
       body: of the request.
       headers: beside that of the content's type.
       timeout: seconds for all of it.
@@ -40,14 +51,15 @@ def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> A
     Raises:
       Fault: "timeout", "connection", "HTTP <status>", "too long" or "not JSON".
     """
+    deadline = time.monotonic() + timeout
     try:
-        status, answer = _exchange(url, body, headers, time.monotonic() + timeout)
-    except TimeoutError:
-        raise Fault("timeout", f"no whole answer within {timeout:.3g} s") from None
-    except (OSError, http.client.HTTPException) as error:
+        status, after, answer = _exchange(url, body, headers, deadline)
+    except (OSError, HTTPException, HTTPError) as error:
+        if time.monotonic() >= deadline:
+            raise Fault("timeout", f"no whole answer within {timeout:.3g} s") from None
         raise Fault("connection", f"{type(error).__name__} {error}") from None
-    if status != http.client.OK:
-        raise Fault(f"HTTP {status}", answer[:200].decode(errors="replace"), retry=status in RETRIED)
+    if status != HTTPStatus.OK:
+        raise Fault(f"HTTP {status}", answer[:200].decode(errors="replace"), status in RETRIED, after)
     if len(answer) > LONGEST_ANSWER:
         raise Fault("too long", f"the answer has more than {LONGEST_ANSWER} bytes")
     try:
@@ -56,55 +68,40 @@ def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> A
         raise Fault("not JSON", answer[:200].decode(errors="replace")) from None
 
 
-def _exchange(url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> tuple[int, bytes]:
-    """Status and body, which is cut one byte after the longest answer."""
+def _exchange(url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> tuple[int, float, bytes]:
+    """Status, seconds to wait before another attempt, and body, which is cut one byte after the longest answer."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=_left(deadline))
-    connection.response_class = functools.partial(_Response, deadline=deadline)  # type: ignore[assignment]
-    try:
+    kind, port = (HTTPSConnection, 443) if parts.scheme == "https" else (HTTPConnection, 80)
+    timeout = max(deadline - time.monotonic(), 1e-3)  # 0 would be: do not wait at all
+    connection = kind(parts.hostname or "", parts.port or port, timeout=timeout)
+    with contextlib.closing(connection):
         connection.connect()
-        connection.sock.settimeout(_left(deadline))
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("POST", target, body, {"Content-Type": "application/json", **headers})
-        response = connection.getresponse()
-        answer = response.read(LONGEST_ANSWER + 1)
-        if response.length and len(answer) <= LONGEST_ANSWER:  # read(n) takes a short answer for a whole one
-            raise http.client.IncompleteRead(answer, response.length)
-        return response.status, answer
-    finally:
-        connection.close()
-
-
-class _Response(http.client.HTTPResponse):
-    """A response all of which, from the first byte of its head, must be there by `deadline`."""
-
-    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **kwargs: Any):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Until(deadline, sock, self.fp.detach()))
-
-
-class _Until(io.RawIOBase):
-    """The bytes of `file`, which reads from `sock`, until `deadline`."""
-
-    def __init__(self, deadline: float, sock: socket.socket, file: io.RawIOBase):
-        self._deadline, self._sock, self._file = deadline, sock, file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._deadline))
-        return self._file.readinto(buffer)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _left(deadline: float) -> float:
-    """Seconds until `deadline`. Raises TimeoutError if it is past."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+        with _shut_at(deadline, connection.sock):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
+                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                headers = {"Content-Type": "application/json", **headers}
+                connection.request("POST", target, body, headers, preload_content=False)
+            response = connection.getresponse()
+            answer = response.read(LONGEST_ANSWER + 1)
+    if time.monotonic() >= deadline:  # an answer without a length seems whole wherever it is cut
         raise TimeoutError
-    return left
+    after = response.headers.get("Retry-After", "")
+    return response.status, float(after) if after.isdecimal() else 0.0, answer  # a date needs clocks that agree
+
+
+@contextlib.contextmanager
+def _shut_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Ends at `deadline` what waits for `sock` within."""
+    timer = threading.Timer(deadline - time.monotonic(), _shut, (sock,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed already
+        # Not the method of an SSL socket, which would take its state away from who reads.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

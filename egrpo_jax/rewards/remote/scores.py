@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from egrpo_jax.rewards.remote.address import ascii_url
 from egrpo_jax.rewards.remote.post import Fault
 
 _LARGEST = float(np.finfo(np.float32).max)
 MOST_PIXELS = 2**26
-"""In all images of a request together: 16 of 2048 x 2048."""
+"""Pixels in all images of a request together: 16 of 2048 x 2048."""
 
 
 class Scores:
-    """The client's end: see `remote.Protocol`."""
+    """The client's end, a `client.Protocol`."""
 
     def __init__(self, url: str, batch: int):
-        self.url, self.batch = url, batch
+        """Raises ConfigError: it is no address."""
+        self.url, self.batch = ascii_url(url), batch
 
     def request(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
         """The JSON of the request for `images [B, H, W, 3]`, uint8."""
@@ -47,7 +49,7 @@ def to_number(value: Any) -> float:
 
 
 def read_request(request: Any) -> tuple[np.ndarray, list[str]]:
-    """The server's end: images `[B, H, W, 3]` in [0, 1], float32, and prompts of the JSON `request`.
+    """Images `[B, H, W, 3]` in [0, 1], float32, and prompts of the JSON `request`: the server's end.
 
     Raises:
       ValueError: it is not as the protocol has it; the message says what is wrong.

@@ -1,55 +1,114 @@
-"""A server for one scorer and many clients."""
+"""A server for one scorer and many clients.
+
+Waitress speaks HTTP for it: no other package comes with it (with uvicorn and aiohttp four to nine), it reads requests
+in one loop, so that a silent client holds no thread up, and keeps those that wait their turn on disk.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
+import logging
 import math
 import signal
+import socket
+import sys
 import threading
 import traceback
 from http import HTTPStatus
 from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
 
-import numpy as np
+import waitress
+from waitress import wasyncore
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.rewards.base import Reward, with_nan
-from egrpo_jax.rewards.checked import RewardError
+from egrpo_jax.rewards.checked import CheckedReward, RewardError
 from egrpo_jax.rewards.remote.scores import read_request
 
 LONGEST_REQUEST = 2**28
+"""Bytes; one of so many is refused already."""
 
+REQUESTS_AT_ONCE = 4
+"""Requests held in memory: one is scored, the next ones are decoded."""
 
-REQUESTS_AT_ONCE = 8
-
+CONNECTIONS = 400
+"""Clients that are listened to at once, each with up to two open files; more wait to be let in."""
 
 SILENCE = 60
-"""Seconds without a byte from a client after which its connection is closed."""
+"""Seconds without a byte from a client, while no answer is due, after which its connection is closed."""
 
 
 class BadRequest(Exception):
-    """What a client did wrong."""
+    """A mistake of the client's."""
 
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
         self.status = status
 
 
-class ScoreServer(http.server.ThreadingHTTPServer):
-    """One scorer for many clients: it scores one request at a time, and holds few in memory."""
+class ScoreServer:
+    """One scorer for many clients: it scores one request at a time, and holds few in memory.
 
-    daemon_threads = False  # closing waits for the answers under way
+    Attributes:
+      port: where it listens.
+    """
 
-    def __init__(self, name: str, reward: Reward, host: str, port: int):
-        """Raises OSError: the address cannot be had."""
-        self.name, self._reward = name, reward
-        self.slots, self._scoring = threading.BoundedSemaphore(REQUESTS_AT_ONCE), threading.Lock()
-        super().__init__((host, port), _Handler)
+    def __init__(self, name: str, reward: CheckedReward, host: str, port: int):
+        """Raises OSError or UnicodeError: the address cannot be had."""
+        self._name, self._reward, self._scoring = name, reward, threading.Lock()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+        self.port: int = listener.getsockname()[1]
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that requests wait is no news
+        self._closed, self._open = threading.Event(), dict[int, Any]()
+        self._server = waitress.create_server(
+            self._respond,
+            map=self._open,
+            sockets=[listener],
+            threads=REQUESTS_AT_ONCE,
+            max_request_body_size=LONGEST_REQUEST,
+            connection_limit=CONNECTIONS,
+            channel_timeout=SILENCE,
+            cleanup_interval=1,
+            channel_request_lookahead=1,  # to see that a client is gone, and not to score for it
+            recv_bytes=2**16,
+        )
 
-    def score(self, body: bytes) -> dict[str, Any]:
-        """The answer to the request `body`.
+    def run(self) -> None:
+        """Answers until it is closed."""
+        while not self._closed.is_set():
+            wasyncore.loop(timeout=0.1, use_poll=True, map=self._open, count=1)
+        wasyncore.close_all(self._open)
+
+    def close(self) -> None:
+        """Ends the answers under way, drops the requests that wait, and makes `run` return."""
+        self._server.task_dispatcher.shutdown(timeout=math.inf)
+        self._closed.set()
+
+    def _respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        status, answer = self._answer(environ)
+        body = json.dumps(answer).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        start_response(f"{status.value} {status.phrase}", headers)
+        return [body]
+
+    def _answer(self, environ: WSGIEnvironment) -> tuple[HTTPStatus, dict[str, Any]]:
+        """Status and JSON of the answer, whatever happens; what goes wrong is also a line on stderr."""
+        try:
+            if environ["REQUEST_METHOD"] == "GET":
+                return HTTPStatus.OK, {"reward": self._name}
+            return HTTPStatus.OK, {"scores": self._scores(_body(environ))}
+        except BadRequest as error:
+            status, message = error.status, str(error)
+        except Exception as error:  # the scorer's: this request has no scores, the next may
+            traceback.print_exc()
+            status, message = HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}"
+        line = " ".join(message.split())
+        print(f"{environ['REMOTE_ADDR']}: {status.value}: {line}", file=sys.stderr, flush=True)
+        return status, {"error": line}
+
+    def _scores(self, body: bytes) -> list[float | None]:
+        """The scores for the request `body`, None for one that did not come.
 
         Raises:
           BadRequest: it is not as the protocol has it, or the scorer cannot use its images or prompts.
@@ -57,74 +116,33 @@ class ScoreServer(http.server.ThreadingHTTPServer):
         try:
             images, prompts = read_request(json.loads(body))
             with self._scoring:
-                scores = np.asarray(with_nan(self._reward(images, prompts)), np.float32)
+                values, came = self._reward(images, prompts)
         except RewardError:  # not the client's fault
             raise
         except (ValueError, RecursionError, UserError) as error:
             raise BadRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
-        return {"scores": [float(score) if math.isfinite(score) else None for score in scores]}
+        return [float(value) if has_come else None for value, has_come in zip(values, came, strict=True)]
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: ScoreServer
-    timeout = SILENCE
-
-    def do_GET(self) -> None:
-        self._answer(HTTPStatus.OK, {"reward": self.server.name})
-
-    def do_POST(self) -> None:
-        try:
-            with self.server.slots:
-                answer = self.server.score(self._body())
-        except BadRequest as error:
-            self._refuse(error.status, str(error))
-        except Exception as error:  # the scorer's: this request has no scores, the next may
-            traceback.print_exc()
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
-        else:
-            self._answer(HTTPStatus.OK, answer)
-
-    def _body(self) -> bytes:
-        """The request. Raises BadRequest if it is not for here, too long or too slow."""
-        if self.path != "/":
-            raise BadRequest(HTTPStatus.NOT_FOUND, f"expected POST to /, found {self.path}")
-        text = self.headers.get("Content-Length", "")
-        if not text.isdecimal():
-            raise BadRequest(HTTPStatus.LENGTH_REQUIRED, f"expected a Content-Length, found {text!r}")
-        if int(text) > LONGEST_REQUEST:
-            raise BadRequest(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {LONGEST_REQUEST} bytes, found {text}"
-            )
-        try:
-            return self.rfile.read(int(text))
-        except OSError as error:
-            raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, f"{type(error).__name__}: {error}") from None
-
-    def _refuse(self, status: HTTPStatus, message: str) -> None:
-        line = " ".join(message.split())
-        self.log_error("%d: %s", status, line)
-        self._answer(status, {"error": line})
-
-    def _answer(self, status: HTTPStatus, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        with contextlib.suppress(OSError):  # the client is gone
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    def log_request(self, *_: object) -> None:
-        """Only what goes wrong is logged."""
+def _body(environ: WSGIEnvironment) -> bytes:
+    """The request's. Raises BadRequest if it is not for here."""
+    if environ["REQUEST_METHOD"] != "POST" or environ["PATH_INFO"] != "/":
+        found = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']!r}"
+        raise BadRequest(HTTPStatus.NOT_FOUND, f"expected POST to /, found {found}")
+    if "CONTENT_LENGTH" not in environ:
+        raise BadRequest(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length, found none")
+    return environ["wsgi.input"].read()
 
 
 def serve(server: ScoreServer) -> None:
-    """Answers until SIGTERM or SIGINT, then ends the answers under way and closes."""
-    stop = threading.Event()
+    """Answers until SIGTERM or SIGINT, then ends the answers under way and closes; a second signal ends at once."""
+    closing = threading.Thread(target=server.close)  # beside the loop that it waits for
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        closing.start()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    stop.wait()
-    server.shutdown()
-    server.server_close()
+        signal.signal(number, stop)
+    server.run()

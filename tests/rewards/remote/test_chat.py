@@ -50,7 +50,11 @@ def test_the_request_is_a_chat_completion(base):
     assert (sent.format, sent.size) == ("JPEG", (56, 40))
 
 
-def test_a_picture_is_sent_in_its_colours():
+def test_a_token_in_the_address_stays_behind_the_path():
+    assert Chat(make("http://a/v1/?token=x")).url == "http://a/v1/chat/completions?token=x"
+
+
+def test_an_image_is_sent_in_its_colours():
     image = np.zeros((1, 16, 16, 3), np.uint8)
     image[..., 0] = 200
     url = Chat(make()).request(image, ["red"])["messages"][0]["content"][0]["image_url"]["url"]
@@ -107,12 +111,12 @@ def test_two_marks_of_three_are_no_score():
 
 def test_an_own_template_and_patterns(tmp_path):
     path = tmp_path / "question.txt"
-    path.write_text('How good is this picture of "{prompt}"? {"hands": 0 to 10, "face": 0 to 10}')
+    path.write_text('How good is this image of "{prompt}"? {"hands": 0 to 10, "face": 0 to 10}')
     own = {"template": str(path), "patterns": (r'"hands": (\d+), "face": (\d+)', r"total (-?[\d.]+)"), "best": 10.0}
     assert score('{"hands": 9, "face": 3} total 6', **own) == pytest.approx(0.6)
     assert score('{"hands": 9, "face": 3} total -6', **own) == pytest.approx(0.2)
     text = Chat(make(**own)).request(np.zeros((1, 4, 4, 3), np.uint8), ["a {prompt}"])["messages"][0]["content"][1]
-    assert text["text"].startswith('How good is this picture of "a {prompt}"? {"hands"')
+    assert text["text"].startswith('How good is this image of "a {prompt}"? {"hands"')
     with pytest.raises(Fault, match="no mark"):
         score("total 1.2.3", **own | {"patterns": (r"total ([\d.]+)",)})
     with pytest.raises(Fault, match="no mark"):

@@ -14,7 +14,9 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.images import to_uint8
 from egrpo_jax.rewards import ScorersConfig, load_reward, start
 from egrpo_jax.rewards.config import RemoteConfig
+from egrpo_jax.rewards.remote.address import ascii_url
 from egrpo_jax.rewards.remote.client import remote
+from egrpo_jax.rewards.remote.post import Fault
 from egrpo_jax.rewards.remote.scores import Scores
 from tests import fault_server
 from tests.fault_server import FaultServer, numbered, right, says
@@ -228,7 +230,10 @@ def test_an_answer_without_end_is_cut():
     assert reward.faults == {"too long": 1}
 
 
-@pytest.mark.parametrize("slow", [fault_server.silent, fault_server.trickles, fault_server.trickles_body])
+SLOW = [fault_server.silent, fault_server.trickles, fault_server.trickles_body, fault_server.continues]
+
+
+@pytest.mark.parametrize("slow", SLOW)
 def test_a_slow_answer_is_given_up(slow):
     with FaultServer(slow, right) as server:
         reward = make(server.url, timeout=0.3, concurrency=1, retries=20)
@@ -236,7 +241,15 @@ def test_a_slow_answer_is_given_up(slow):
     assert set(reward.faults) == {"timeout"}
 
 
-@pytest.mark.parametrize("slow", [fault_server.silent, fault_server.trickles, fault_server.trickles_body])
+def test_a_server_that_does_not_listen_is_given_up():
+    noise = np.random.default_rng(0).uniform(size=(2, 1024, 1024, 3))  # more than the system takes off our hands
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        reward = make(f"http://127.0.0.1:{deaf.getsockname()[1]}", timeout=0.3, retries=0)
+        assert np.isnan(reward(noise, ["a", "b"])).all()
+    assert reward.faults == {"timeout": 1, "missing": 2}
+
+
+@pytest.mark.parametrize("slow", SLOW)
 def test_no_call_lasts_beyond_its_deadline(slow, capsys):
     """Whatever was there by then is kept, and what was under way is given up."""
     with FaultServer(right, slow) as server:
@@ -295,6 +308,46 @@ def test_pauses_double_and_stay_below_their_limit(monkeypatch):
     assert (pauses >= full / 2).all()
 
 
+def test_pauses_of_many_attempts_can_be_computed(monkeypatch):
+    def down(*_):
+        raise Fault("connection", "refused")
+
+    monkeypatch.setattr("egrpo_jax.rewards.remote.client.post", down)
+    reward = make("http://127.0.0.1:1", retries=1100, backoff=0.0)
+    assert np.isnan(reward(*numbered(1))).all()
+    assert reward.faults == {"connection": 1101, "missing": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "pause"),
+    [("7", [7]), ("5000", [1000]), ("0", [1]), ("9" * 5000, [1000]), ("-3", [1]), ("soon", [1]), ("²", [1])],
+)
+def test_a_server_that_wants_to_be_left_alone_is(monkeypatch, asked, pause):
+    pauses = []
+    monkeypatch.setattr("egrpo_jax.rewards.remote.client.time.sleep", pauses.append)
+    with FaultServer(says(b"", 503, Retry_After=asked), right) as server:
+        np.testing.assert_array_equal(make(server.url, backoff=1.0, deadline=1000.0)(*numbered(1)), expected(1))
+    if pause == [1]:
+        assert 0.5 <= pauses[0] <= 1
+    else:
+        np.testing.assert_allclose(pauses, pause, rtol=0.05)
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with FaultServer(right) as server:
+        np.testing.assert_array_equal(make(server.url, retries=0)(*numbered(2)), expected(2))
+
+
+def test_a_server_without_tls_is_not_spoken_to_by_https():
+    with FaultServer(right) as server:
+        reward = make(server.url.replace("http:", "https:"), retries=0, timeout=5.0)
+        assert np.isnan(reward(*numbered(1))).all()
+        assert not server.requests
+    assert reward.faults == {"connection": 1, "missing": 1}
+
+
 def test_threads_keep_no_process_and_end_by_themselves():
     with FaultServer(right) as server:
         call = make(server.url).start(*numbered(6))
@@ -330,20 +383,71 @@ def test_the_key_is_sent_and_never_shown(monkeypatch, capsys):
     assert "hidden" not in shown
 
 
-def test_a_key_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(ConfigError, match=r"config.scorers.remote.judge.api_key: found 'JUDGE_KEY'"):
+@pytest.mark.parametrize(
+    "key", [None, "", " ", "secret-7\nX: y", "secret-7\x00", "secret-7ü", "secret-7\u20288", "秘密"]
+)
+def test_a_key_that_is_none_is_named_not_shown(monkeypatch, key):
+    monkeypatch.setattr("os.environ", {} if key is None else {"JUDGE_KEY": key})
+    with pytest.raises(ConfigError, match=r"config.scorers.remote.judge.api_key: found 'JUDGE_KEY'") as caught:
         make("http://127.0.0.1:1", api_key="JUDGE_KEY")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_in_the_place_of_its_name_is_not_shown():
+    with pytest.raises(ConfigError, match=r"api_key: found '...', expected the name of an env") as caught:
+        make("http://127.0.0.1:1", api_key="sk-secret-7")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *(("url", url) for url in ("", "localhost:8000", "ftp://a", "http://", "http://me:word@a", "http://a:x")),
+        *(
+            ("url", url)
+            for url in ("http://a b", "http://a/b c", " http://a", "http://a\n", "http://a\t/b", "http://a\0")
+        ),
+        *(
+            ("url", url)
+            for url in ("http://a:0", "http://a:70000", "http://a:-1", "http://a/#b", "http://a\\b", "http://.a")
+        ),
+        *(("url", url) for url in ("http://[::1", "http://[::g]", "http://::1:8000", "http://[fe80::1%25eth0]:80")),
+        *(
+            ("url", url)
+            for url in ("http://straße.example", f"http://{'ü' * 64}.example", "http://ü..example", "http://℀")
+        ),
         *((key, 0) for key in ("batch", "concurrency", "max_tokens", "timeout", "deadline", "best")),
         *(("retries", -1), ("backoff", -0.1), ("timeout", float("inf")), ("protocol", "grpc")),
     ],
 )
 def test_a_wrong_config_names_its_key(key, value):
-    with pytest.raises(ConfigError, match=rf"config\.remote\.judge\.{key}: found"):
+    with pytest.raises(ConfigError, match=rf"config\.remote\.judge\.{key}: found") as caught:
         from_config_dict(ScorersConfig, {"remote": {"judge": {"url": "http://a", key: value}}})
+    assert "word" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://müller.example/score", "http://xn--mller-kva.example/score"),
+        ("http://mu\u0308ller.example", "http://xn--mller-kva.example"),
+        (
+            "https://Grün.example:8443/Größe/ä?ü=ö&a=b",
+            "https://xn--grn-ioa.example:8443/Gr%C3%B6%C3%9Fe/%C3%A4?%C3%BC=%C3%B6&a=b",
+        ),
+        ("http://my_scorer:8000/a%20b;c=(1)?x=%2F", "http://my_scorer:8000/a%20b;c=(1)?x=%2F"),
+        ("http://xn--strae-oqa.example.", "http://xn--strae-oqa.example."),
+        ("http://[2001:DB8::0:1]:8000/s", "http://[2001:db8::1]:8000/s"),
+        ("http://[::1]", "http://[::1]"),
+    ],
+)
+def test_addresses_are_sent_in_ascii(url, sent):
+    assert ascii_url(RemoteConfig(url).url) == sent
+    assert ascii_url(sent) == sent
+
+
+def test_a_path_with_umlauts_is_asked_for():
+    with FaultServer(right) as server:
+        np.testing.assert_array_equal(make(server.url + "/größe?ü=1")(*numbered(2)), expected(2))
+        assert server.paths == ["/gr%C3%B6%C3%9Fe?%C3%BC=1"]

@@ -20,6 +20,7 @@ from egrpo_jax.rewards import CheckedReward
 from egrpo_jax.rewards.config import RemoteConfig
 from egrpo_jax.rewards.remote import server as serve
 from egrpo_jax.rewards.remote.client import remote
+from egrpo_jax.rewards.remote.scores import read_request
 from tests.fault_server import numbered
 
 
@@ -30,28 +31,39 @@ def brightness(images, prompts):
 
 @contextlib.contextmanager
 def serving(reward):
-    server = serve.ScoreServer("mine", reward, "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    checked = reward if isinstance(reward, CheckedReward) else CheckedReward("mine", reward)
+    server = serve.ScoreServer("mine", checked, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
+        server.close()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def client(server, **changes):
     quick = {"timeout": 30.0, "deadline": 30.0, "retries": 0, "batch": 4}
-    return remote("mine", RemoteConfig(f"http://127.0.0.1:{server.server_port}", **quick | changes))
+    return remote("mine", RemoteConfig(f"http://127.0.0.1:{server.port}", **quick | changes))
 
 
-def send(server, body, path="/", **headers):
-    """Status and JSON of the answer."""
-    request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}{path}", body, headers)
+def send(server, body, path="/"):
+    """Status and JSON of the answer, or its text if it is none."""
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.load(answer)
+        answer = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        answer = error
+    with answer:
+        text = answer.read().decode()
+        return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
+
+
+def connect(server, sent=b""):
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection.sendall(sent)
+    return connection
 
 
 def png(image, mode="RGB"):
@@ -136,16 +148,22 @@ def test_images_too_large_together_are_refused(monkeypatch):
 
 
 def test_a_request_too_long_is_refused_unread(monkeypatch):
-    monkeypatch.setattr(serve, "LONGEST_REQUEST", 100)
+    monkeypatch.setattr(serve, "LONGEST_REQUEST", 1000)
     with serving(brightness) as server:
-        status, answer = send(server, b"x" * 101)
-    assert (status, answer) == (413, {"error": "expected at most 100 bytes, found 101"})
+        status, text = send(server, b"x" * 1000)
+        assert status == 413
+        assert "exceeds max_body of 1000" in text
+        reward = client(server, retries=3)
+        noise = np.random.default_rng(0).uniform(size=(4, 1024, 1024, 3))  # refused before all of it is sent
+        assert np.isnan(reward(noise, ["p"] * 4)).all()
+    assert reward.faults == {"HTTP 413": 1, "missing": 4}
 
 
 def test_another_path_and_a_missing_length_are_refused():
     with serving(brightness) as server:
         assert send(server, b"{}", path="/v1/score")[0] == 404
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        assert send(server, b"{}", path="/%1b[2J")[1] == {"error": "expected POST to /, found POST '/\\x1b[2J'"}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         connection.putrequest("POST", "/")
         connection.endheaders()
         assert connection.getresponse().status == 411
@@ -197,17 +215,78 @@ def test_a_score_that_did_not_come_is_null():
         assert send(server, body(png(GRAY), png(GRAY))) == (200, {"scores": [None, 1.0]})
 
 
-def test_a_client_that_goes_away_costs_nothing(monkeypatch):
-    assert serve._Handler.timeout == serve.SILENCE
-    monkeypatch.setattr(serve._Handler, "timeout", 0.2)
-    with serving(brightness) as server:
-        for request in (b"", b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{"):
-            with socket.create_connection(("127.0.0.1", server.server_port)) as gone:
-                gone.sendall(request)
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as silent:
-            silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 50\r\n\r\n{")
-            assert b" 408 " in silent.recv(100)
-        assert send(server, body(png(GRAY)))[0] == 200
+HALVES = (b"", b"POST / HT", b"POST / HTTP/1.1\r\nContent-Length: 50\r\n\r\n{")
+
+
+def test_many_clients_at_once_beside_silent_ones():
+    """All are answered, one request is scored at a time, and few are in memory."""
+    busy, lock, held, most = threading.Lock(), threading.Lock(), 0, 0
+
+    def alone(images, _):
+        nonlocal held
+        assert busy.acquire(blocking=False)
+        time.sleep(0.002)
+        busy.release()
+        with lock:
+            held -= 1
+        return images.mean((1, 2, 3)) * 255
+
+    def counted(request):
+        nonlocal held, most
+        with lock:
+            held += 1
+            most = max(most, held)
+        return read_request(request)
+
+    with pytest.MonkeyPatch.context() as patch, serving(alone) as server, contextlib.ExitStack() as silent:
+        patch.setattr(serve, "read_request", counted)
+        for index in range(100):
+            silent.enter_context(connect(server, HALVES[index % 3]))
+        reward = client(server, batch=1, concurrency=64)
+        np.testing.assert_allclose(reward(*numbered(192)), np.arange(192), rtol=1e-5)
+    assert not reward.faults
+    assert 1 < most <= serve.REQUESTS_AT_ONCE
+
+
+def test_who_is_silent_is_let_go_but_not_who_waits_for_an_answer(monkeypatch):
+    monkeypatch.setattr(serve, "SILENCE", 1)
+    silence_is_over = threading.Event()
+
+    def late(images, _):
+        assert silence_is_over.wait(30)
+        return np.zeros(len(images))
+
+    with serving(late) as server:
+        pending = client(server).start(*numbered(2))
+        for sent in HALVES:
+            with connect(server, sent) as silent:
+                assert silent.recv(100) == b""
+        silence_is_over.set()
+        np.testing.assert_array_equal(pending(), [0, 0])
+
+
+def test_nothing_is_scored_for_who_is_gone(monkeypatch):
+    monkeypatch.setattr(serve, "REQUESTS_AT_ONCE", 1)
+    begun, go, scored = threading.Event(), threading.Event(), []
+
+    def when_told(images, prompts):
+        begun.set()
+        assert go.wait(30)
+        scored.extend(prompts)
+        return np.zeros(len(images))
+
+    with serving(when_told) as server:
+        first = client(server).start(*numbered(1))
+        assert begun.wait(30)
+        request = body(png(GRAY))
+        with connect(server, b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(request) + request):
+            while len(server._open) < 4:  # the loop's own two, the first client, the one that goes
+                time.sleep(0.01)
+        while len(server._open) > 3:
+            time.sleep(0.01)
+        go.set()
+        np.testing.assert_array_equal(first(), [0])
+    assert scored == ["prompt 0"]
 
 
 def test_closing_waits_for_the_answers_under_way():
@@ -222,8 +301,7 @@ def test_closing_waits_for_the_answers_under_way():
         asking = threading.Thread(target=lambda: scores.append(client(server)(*numbered(2))))
         asking.start()
         assert begun.wait(30)
-        server.shutdown()
-        closing = threading.Thread(target=server.server_close)
+        closing = threading.Thread(target=server.close)
         closing.start()
         closing.join(0.2)
         assert closing.is_alive()
