@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from egrpo_jax.common.atomic import atomic_write
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, first_line
 
 Arrays = dict[str, np.ndarray]
 """The arrays of one prompt, or of B prompts with a leading axis B."""
@@ -53,19 +53,12 @@ class EmbeddingStore:
         """
         self._folder = Path(folder)
         self.settings = _read_settings(self._folder)
-        shards = sorted(self._folder.glob("*.arrayrecord"))
+        shards = _shards(self._folder)
         if not shards:
             raise UserError(f"found no embeddings in {folder}; make them with python -m egrpo_jax.encode")
         self.prompts = [prompt for shard in shards for prompt in _shard_prompts(shard)]
         self._places = {prompt_hash(prompt): place for place, prompt in enumerate(self.prompts)}
-        try:
-            self._records = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"cannot read the embeddings in {folder}: {error}; make them anew") from None
-        if len(self._records) != len(self.prompts):
-            raise UserError(
-                f"{folder} has {len(self.prompts)} prompts and {len(self._records)} embeddings; make them anew"
-            )
+        self._records = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -74,17 +67,17 @@ class EmbeddingStore:
         return isinstance(prompt, str) and prompt_hash(prompt) in self._places
 
     def __getitem__(self, place: int) -> Arrays:
-        record = self._records[place]
         try:
-            tensors = safetensors.deserialize(record)
-        except safetensors.SafetensorError as error:
+            tensors = safetensors.deserialize(self._records[place])
+            return {
+                name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+                for name, tensor in tensors
+            }
+        except (RuntimeError, OSError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(
-                f"the embedding of {self.prompts[place]!r} in {self._folder} is damaged ({error}); make them anew"
+                f"the embedding of {self.prompts[place]!r} in {self._folder} is damaged ({first_line(error)}); "
+                "make them anew"
             ) from None
-        return {
-            name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-            for name, tensor in tensors
-        }
 
     def lookup(self, prompts: Sequence[str]) -> Arrays:
         """The arrays of `prompts`, each with leading axis B. Raises KeyError for a prompt that is not there."""
@@ -120,7 +113,7 @@ def write_embeddings(
     """
     folder = Path(folder)
     _claim(folder, settings)
-    shards = sorted(folder.glob("*.arrayrecord"))
+    shards = _shards(folder)
     done = {prompt_hash(prompt) for shard in shards for prompt in _shard_prompts(shard)}
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt_hash(prompt) not in done]
     first = int(shards[-1].stem) + 1 if shards else 0
@@ -156,26 +149,56 @@ def _write_shard(path: Path, prompts: list[str], records: Iterable[bytes]) -> No
     unfinished.rename(path)
 
 
+def _shards(folder: Path) -> list[Path]:
+    """The whole shards, in order.
+
+    Raises:
+      UserError: one was lost. An interrupted job leaves a list of prompts too, but the unfinished shard with it.
+    """
+    for index in sorted(folder.glob("[0-9]*.jsonl")):
+        if not (index.with_suffix(".tmp").exists() or index.with_suffix(".arrayrecord").exists()):
+            raise _damage(index, f"there is no {index.stem}.arrayrecord beside it")
+    return sorted(folder.glob("[0-9]*.arrayrecord"))
+
+
 def _shard_prompts(shard: Path) -> list[str]:
+    """The prompts of a shard that has a record for each."""
     path = shard.with_suffix(".jsonl")
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         prompts = [line["prompt"] for line in lines]
         if [prompt_hash(prompt) for prompt in prompts] != [line["sha256"] for line in lines]:
             raise ValueError("a checksum differs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}; make the embeddings anew") from None
+    except OSError as error:
+        raise _damage(path, str(error.strerror)) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _damage(path, f"it is damaged ({first_line(error)})") from None
+    try:
+        records = len(grain.sources.ArrayRecordDataSource([str(shard)]))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _damage(shard, f"it is damaged ({first_line(error) or 'cut short'})") from None
+    if records != len(prompts):
+        raise _damage(shard, f"it has {records} embeddings for the {len(prompts)} prompts in {path.name}")
     return prompts
+
+
+def _damage(path: Path, what: str) -> UserError:
+    mend = f"delete {path.stem}.jsonl and {path.stem}.arrayrecord and encode again, which makes what is missing"
+    return UserError(f"cannot read {path}: {what}; {mend}")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "settings.json"
+    expected = "expected a folder of embeddings, made with python -m egrpo_jax.encode"
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: {error}; expected a folder of embeddings, made with python -m egrpo_jax.encode"
-        ) from None
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {expected}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({first_line(error)}); {expected}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds a {type(settings).__name__}, no object; {expected}")
+    return settings
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

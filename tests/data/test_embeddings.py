@@ -1,5 +1,7 @@
 """Embeddings on disk: made once, resumed, looked up, iterated with a state, and damage to them."""
 
+import shutil
+
 import grain
 import jax.numpy as jnp
 import numpy as np
@@ -84,26 +86,95 @@ def test_other_settings_are_refused(tmp_path):
         write(tmp_path, settings={"text_tokens": 512})
 
 
-def test_damage_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"settings\.json: .*expected a folder of embeddings"):
-        EmbeddingStore(tmp_path)
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("00001.jsonl", lambda path: path.write_text(path.read_text().replace("prompt 4", "prompt 8")), "a checksum"),
+        ("00001.jsonl", lambda path: path.write_text("[]\n"), "it is damaged "),
+        ("00001.jsonl", lambda path: path.write_text('{"prompt": "prompt 3"}\n'), "it is damaged "),
+        ("00001.jsonl", lambda path: path.write_text('{"prompt": 3, "sha256": "3"}\n'), "it is damaged "),
+        ("00001.jsonl", lambda path: path.write_text("[" * 100_000), "it is damaged "),
+        ("00001.jsonl", lambda path: cut(path, 150), "it is damaged "),
+        ("00001.jsonl", lambda path: path.write_bytes(b"\xff"), "it is damaged "),
+        ("00001.jsonl", lambda path: path.unlink(), "No such file"),
+        ("00001.arrayrecord", lambda path: path.write_bytes(b""), "it is damaged "),
+        ("00001.arrayrecord", lambda path: cut(path, 1 << 16), "it is damaged .cut short"),
+        ("00001.arrayrecord", lambda path: cut(path, -10), "it is damaged "),
+        ("00001.arrayrecord", lambda path: (path.unlink(), path.mkdir()), "it is damaged "),
+        (
+            "00001.arrayrecord",
+            lambda path: shutil.copy(path.with_stem("00002"), path),
+            "1 embeddings for the 3 prompts",
+        ),
+    ],
+)
+def test_damage_is_named_and_mended_by_what_the_line_says(tmp_path, name, damage, message):
     write(tmp_path)
-    sidecar = tmp_path / "00001.jsonl"
-    lines = sidecar.read_text()
-    sidecar.write_text(lines.replace("prompt 4", "prompt 8"))
-    with pytest.raises(UserError, match=r"cannot read .*00001\.jsonl: a checksum differs"):
+    damage(tmp_path / name)
+    line = rf"^cannot read .*{name}: .*{message}.*; delete 00001\.jsonl and 00001\.arrayrecord and encode again"
+    for read in (EmbeddingStore, write):
+        with pytest.raises(UserError, match=line) as raised:
+            read(tmp_path)
+        assert "\n" not in str(raised.value)
+    for path in tmp_path.glob("00001.*"):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert write(tmp_path) == 3
+    np.testing.assert_array_equal(EmbeddingStore(tmp_path).lookup(PROMPTS)["pooled"].ravel(), range(7))
+
+
+@pytest.mark.parametrize("number", ["00001", "00002"])
+def test_a_lost_shard_is_named(tmp_path, number):
+    write(tmp_path)
+    (tmp_path / f"{number}.arrayrecord").unlink()
+    for read in (EmbeddingStore, write):
+        with pytest.raises(UserError, match=rf"{number}\.jsonl: there is no {number}\.arrayrecord beside it; delete"):
+            read(tmp_path)
+
+
+def test_a_shard_that_a_kill_left_unnamed_is_not_lost(tmp_path):
+    write(tmp_path)
+    (tmp_path / "00002.arrayrecord").rename(tmp_path / "00002.tmp")
+    assert EmbeddingStore(tmp_path).prompts == PROMPTS[:6]
+    assert write(tmp_path) == 1
+    assert EmbeddingStore(tmp_path).prompts == PROMPTS
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "00001.arrayrecord"
+    content = bytearray(path.read_bytes())
+    content[400] ^= 1  # in the data of a record, which is read when it is asked for
+    path.write_bytes(content)
+    store = EmbeddingStore(tmp_path)
+    with pytest.raises(UserError, match=r"^the embedding of 'prompt [345]' in .* is damaged \(.*hash mismatch"):
+        store.lookup(PROMPTS)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", "[" * 100_000, "1" * 5000], ids=range(5))
+def test_damaged_settings_are_named(tmp_path, content):
+    write(tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    for read in (EmbeddingStore, write):
+        with pytest.raises(
+            UserError, match=r"settings\.json (is no JSON|holds a .*, no object).*; expected a folder of"
+        ):
+            read(tmp_path)
+
+
+def test_folders_without_embeddings(tmp_path):
+    with pytest.raises(UserError, match=r"settings\.json: No such file.*; expected a folder of embeddings"):
         EmbeddingStore(tmp_path)
-    sidecar.write_text(lines.splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="has 5 prompts and 7 embeddings"):
-        EmbeddingStore(tmp_path)
-    sidecar.write_text(lines)
-    (tmp_path / "00001.arrayrecord").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"cannot read the embeddings|has 7 prompts|damaged"):
-        EmbeddingStore(tmp_path)
-    for path in tmp_path.glob("*.arrayrecord"):
-        path.unlink()
+    write(tmp_path, [])
     with pytest.raises(UserError, match="found no embeddings in"):
         EmbeddingStore(tmp_path)
+    (tmp_path / "notes.arrayrecord").write_text("")
+    with pytest.raises(UserError, match="found no embeddings in"):
+        EmbeddingStore(tmp_path)
+    assert write(tmp_path) == 7
 
 
 def test_an_unwritable_folder(tmp_path):
