@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -40,15 +42,15 @@ def define_config(values: flags.FlagValues, required: bool = True) -> flags.Flag
 
 
 def run(main: Callable[[], None], values: flags.FlagValues) -> None:
-    """Parses the command line into `values`, calls `main`, and ends the process where that is not all.
+    """Parses the command line into `values` and calls `main`; --help prints the docstring of its module and the flags.
 
-    What is no bug ends in one line on stderr: a `UserError` and a full disk with exit code 2, Ctrl-C with 130. A reader
-    of the output that has gone (`| head`) ends it with 141 and no line. --help prints the docstring of `main`'s module
-    and the flags.
+    What is no bug ends the process with one line on stderr: a `UserError` and a full disk with exit code 2, Ctrl-C with
+    130. So does, with 141 and no line, a reader of the output that has gone (`| head`).
     """
     _open_closed_streams()
     with _one_line_for_what_is_no_bug():
         _restore_interrupts()
+        _silence_threads_on_a_full_disk()
         try:
             if _HELP & set(sys.argv[1:]):
                 print(usage(sys.modules[main.__module__].__doc__ or "", values))
@@ -93,34 +95,44 @@ def _one_line_for_what_is_no_bug() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends what the interpreter still waits for
-        _leave("interrupted", 128 + signal.SIGINT)
-    except UserError as error:
-        _leave(f"error: {error}", 2)
+        _tell("interrupted")
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        if (full := _full_disk(error)) is None:
+        full = _full_disk(error)
+        line = str(error) if isinstance(error, UserError) else full
+        if line is None:
             raise
-        _drop_output()
-        _leave(f"error: {full}", 2)
+        _tell(f"error: {line}")
+        if full is not None:
+            os._exit(2)  # what libraries would still write at the end fails as well, with tracebacks
+        sys.exit(2)
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """Where the disk is full, if that is why `error` came, itself or by what it came from."""
+    """What is said of a full disk, if that is why `error` came, itself or by what it came from."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
-            return f"cannot write {error.filename or 'the output'}: {error.strerror}"
+            return f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}"
         if os.strerror(errno.ENOSPC) in str(error):  # as C++ libraries tell it
             return f"cannot write: {os.strerror(errno.ENOSPC)} ({str(error).splitlines()[0][:100]})"
         error = error.__cause__ or error.__context__
     return None
 
 
-def _leave(line: str, code: int) -> NoReturn:
+def _silence_threads_on_a_full_disk() -> None:
+    """Keeps tracebacks of Orbax and of threads from stderr where the disk is full, of which `run` tells itself."""
+    silent = lambda record: not (record.exc_info and _full_disk(record.exc_info[1]))
+    logging.getLogger("absl").addFilter(silent)
+    usual = threading.excepthook
+    threading.excepthook = lambda thread: None if _full_disk(thread.exc_value) else usual(thread)
+
+
+def _tell(line: str) -> None:
     with contextlib.suppress(OSError):
         print(" ".join(line.split()), file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def _open_closed_streams() -> None:

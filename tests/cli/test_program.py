@@ -15,7 +15,8 @@ import errno
 import os
 import signal
 import sys
-from absl import flags
+import threading
+from absl import flags, logging
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
@@ -24,6 +25,9 @@ from job import Job
 FLAGS = flags.FlagValues()
 CONFIG = cli.define_config(FLAGS)
 TO = flags.DEFINE_enum("to", "here", ["here", "there"], "Where it is printed.", flag_values=FLAGS)
+
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
 
 def main():
     job = from_config_dict(Job, CONFIG.value)
@@ -35,12 +39,21 @@ def main():
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
     if job.steps == 16:
-        raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
+        full()
     if job.steps == 17:
         try:
             raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device [source]\\nmore")
         except ValueError as error:
             raise RuntimeError("cannot save") from error
+    if job.steps == 19:
+        try:
+            full()
+        except OSError:
+            logging.exception("a writer in the background failed")
+        thread = threading.Thread(target=full)
+        thread.start()
+        thread.join()
+        full()
     for _ in range(job.steps // 1000):
         print("x" * 1000)
     if job.steps == 18:
@@ -191,6 +204,7 @@ def test_importing_the_package_leaves_ctrl_c_alone():
     ("steps", "message"),
     [
         (16, "cannot write weights.bin: No space left on device"),
+        (19, "cannot write weights.bin: No space left on device"),
         (17, "cannot write: No space left on device (RESOURCE_EXHAUSTED: write: No space left on device [source])"),
     ],
 )
@@ -207,7 +221,7 @@ def test_output_that_nobody_reads_ends_the_program_silently(folder, steps):
 @pytest.mark.parametrize("steps", [10, 1_000_000])
 def test_output_to_a_full_disk_is_one_line(folder, steps):
     assert shell(folder, f"PROGRAM:{steps} > /dev/full") == (
-        "error: cannot write the output: No space left on device\n",
+        "error: cannot write: No space left on device\n",
         2,
     )
 
