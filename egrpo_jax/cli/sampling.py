@@ -13,7 +13,7 @@ from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.training.config import TrainConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The training run whose weights are taken.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1)
 SCHEDULE = flags.DEFINE_enum(
     "schedule",

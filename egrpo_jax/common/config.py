@@ -100,7 +100,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     for option in _options(hint):
         try:
             return _convert_plain(option, value, key)
-        except TypeError:
+        except (TypeError, OverflowError):  # OverflowError: an integer that no float holds
             continue
     raise ConfigError(key, value, _describe(hint))
 

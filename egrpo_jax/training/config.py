@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 import ml_collections
 
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, Range, Seed, check
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
@@ -26,8 +27,9 @@ class RewardsConfig:
 
     Attributes:
       train: rewards that are trained on.
-      weights: one weight for each of them.
-      combination: how they become one advantage: see `rl.advantage.credit`.
+      weights: one weight for each of them; below 0 trains against it.
+      combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
+        weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
       clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
       heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
@@ -35,19 +37,22 @@ class RewardsConfig:
     """
 
     train: tuple[str, ...] = ("emoji",)
-    weights: tuple[float, ...] = (1.0,)
+    weights: tuple[Annotated[float, Range(-1000, 1000)], ...] = (1.0,)
     combination: Combination = "advantages"
-    clips: tuple[float, ...] = ()
+    clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
 
     def __post_init__(self) -> None:
+        check(self)
         if not self.train:
             raise ConfigError("train", self.train, "at least one reward")
         if len(self.weights) != len(self.train):
             raise ConfigError("weights", self.weights, f"one weight for each of the {len(self.train)} rewards")
-        if self.clips and (len(self.clips) != len(self.train) or min(self.clips) <= 0):
-            raise ConfigError("clips", self.clips, f"nothing, or a number above 0 for each of {self.train}")
+        if not any(self.weights):
+            raise ConfigError("weights", self.weights, "a weight other than 0")
+        if self.clips and len(self.clips) != len(self.train):
+            raise ConfigError("clips", self.clips, f"nothing, or a number for each of {self.train}")
         if self.clips and self.combination == "sum":
             raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
         names = self.train + self.heldout
@@ -67,28 +72,28 @@ class EvaluationConfig:
     """
 
     prompts: str = "emoji_heldout"
-    every: int = 10
-    batch: int = 50
-    kept: int = 16
+    every: Count = 10
+    batch: Count = 50
+    kept: Count = 16
 
     def __post_init__(self) -> None:
-        for key in ("every", "batch", "kept"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The config section `checkpoint`: iterations between two checkpoints, and how many of the newest are kept."""
+    """The config section `checkpoint`.
 
-    every: int = 10
-    keep: int = 2
+    Attributes:
+      every: iterations between two checkpoints; there is always one after the last.
+      keep: how many of the newest stay.
+    """
+
+    every: Count = 10
+    keep: Annotated[int, Range(2, 1_000_000, why="the newest may be damaged")] = 2
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError("every", self.every, "at least 1")
-        if self.keep < 2:
-            raise ConfigError("keep", self.keep, "at least 2: the newest may be damaged")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +112,11 @@ class TrainConfig:
     """
 
     name: str = "egrpo"
-    seed: int = 0
-    num_iterations: int = 300
+    seed: Seed = 0
+    num_iterations: Count = 300
     prompts: str = "emoji_train"
-    prompts_per_iteration: int = 8
-    prompts_per_rollout: int | None = None
+    prompts_per_iteration: Count = 8
+    prompts_per_rollout: Count | None = None
     wandb: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -124,15 +129,11 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for key in ("num_iterations", "prompts_per_iteration"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
         rollout = self.prompts_per_rollout
-        if rollout is not None and (rollout < 1 or self.prompts_per_iteration % rollout):
+        if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
             raise ConfigError("prompts_per_rollout", rollout, expected)
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "at least 0")
 
 
 def train_config(config: TrainConfig) -> ml_collections.ConfigDict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import chex
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.common.ranges import Count, Range, check
 from egrpo_jax.data.embeddings import EmbeddingStore
 from egrpo_jax.models.flux import Flux, FluxConfig, Remat, forward_flops
 from egrpo_jax.models.lora import COLLECTION, LoraConfig, apply_lora, init_lora
@@ -24,6 +25,7 @@ from egrpo_jax.weights.lora import load_lora
 from egrpo_jax.weights.published.flux import flux_layout
 
 Dtype = Literal["bfloat16", "float32"]
+Pixels = Annotated[int, Range(16, 16_384, multiple_of=16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class FluxOptions:
     """The config section `model.flux`.
 
     Attributes:
-      height, width: of the images, in pixels; multiples of 16.
+      height, width: of the images, in pixels.
       guidance: the distilled guidance scale, an input of FLUX.1-dev; FLUX.1-schnell has none.
       text_tokens: length of the T5 sequence; padding is attended to, so that it must be what the model was trained
         with: 512 (dev) or 256 (schnell).
@@ -49,10 +51,10 @@ class FluxOptions:
       truncate_time: cut the model's time input to thousandths, as the PyTorch trainers do.
     """
 
-    height: int = 720
-    width: int = 720
-    guidance: float = 3.5
-    text_tokens: int = 512
+    height: Pixels = 720
+    width: Pixels = 720
+    guidance: Annotated[float, Range(0, 1000)] = 3.5
+    text_tokens: Annotated[int, Range(1, 100_000)] = 512
     transformer: str | None = None
     embeddings: str | None = None
     lora: LoraConfig | None = None
@@ -60,22 +62,15 @@ class FluxOptions:
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     decode_dtype: Dtype = "float32"
-    decode_batch: int = 4
-    decode_tile: int | None = None
+    decode_batch: Count = 4
+    decode_tile: Annotated[int, Range(4, 4096, multiple_of=4)] | None = None
     remat: Remat = "blocks"
     truncate_time: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("height", "width"):
-            if getattr(self, key) < 16 or getattr(self, key) % 16:
-                raise ConfigError(key, getattr(self, key), "a positive multiple of 16")
-        for key in ("text_tokens", "decode_batch"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
         if self.lora_weights is not None and self.lora is None:
             raise ConfigError("lora_weights", self.lora_weights, "model.flux.lora to be set too, with rank and alpha")
-        if self.decode_tile is not None and (self.decode_tile < 4 or self.decode_tile % 4):
-            raise ConfigError("decode_tile", self.decode_tile, "a positive multiple of 4, or None")
 
 
 def flux_pipeline(path: str, options: FluxOptions, mesh: Mesh) -> Pipeline:
