@@ -9,6 +9,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from egrpo_jax.cli.overrides import read_none
 from egrpo_jax.common.errors import UserError
 
 # New keys are let in here, so that `from_config_dict` names the wrong ones, and a dict field can be given more entries.
@@ -19,6 +20,7 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
+read_none()
 
 
 def run(main: Callable[[], None], required: Sequence[str] = ("config",)) -> None:

@@ -95,7 +95,7 @@ def _describe(hint: Any) -> str:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type `hint`, where that loses nothing."""
-    if value is None and type(None) in typing.get_args(hint):
+    if value in (None, (None,)) and type(None) in typing.get_args(hint):  # (None,): a tuple's on the command line
         return None
     for option in _options(hint):
         try:
