@@ -20,7 +20,8 @@ class OptimConfig:
     Attributes:
       learning_rate: reached after `warmup_updates` linear steps, then constant.
       warmup_updates: optimizer updates of the warm-up.
-      b1, b2: decay of AdamW's first and second moments.
+      b1: decay of AdamW's first moments.
+      b2: decay of AdamW's second moments.
       eps: of AdamW's denominator.
       weight_decay: of AdamW; decoupled, times the learning rate.
       first_moment_dtype: what AdamW's first moment is stored in; the second stays float32, since bfloat16 would lose

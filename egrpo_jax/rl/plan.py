@@ -29,7 +29,7 @@ class PlanConfig:
       active_steps: grid steps that get a group of samples, counted from 0 at pure noise (the paper's k is
         T - step); None for the first half.
       entropy_threshold: tau; an active step spans as few grid steps as bring e^{h/d} to tau. 0 never merges.
-      merges: instead of `entropy_threshold`, the number of grid steps each active step spans.
+      merges: instead of `entropy_threshold`, which is None then, the number of grid steps each active step spans.
       group_size: G, samples for each prompt and active step.
       tail_strides: the grid strides at which tails are walked; each stride gives every sample one more image and one
         more advantage, and these are added (the granularities of G2RPO).

@@ -65,7 +65,7 @@ class EvaluationConfig:
     """The config section `evaluation`: fixed prompts, fixed noise, the deterministic flow on the plan's grid.
 
     Attributes:
-      prompts: a built-in set or a text file.
+      prompts: a built-in set, or a file as for training.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
       kept: how many of the prompts, evenly spread, have their pictures kept; the last report chooses among them.
@@ -104,11 +104,12 @@ class TrainConfig:
       name: of the run; it is kept in `runs/<name>` unless --workdir says otherwise.
       seed: of all noise and of the prompts' order.
       num_iterations: rollouts, each with its optimizer updates.
-      prompts: a built-in set or a text file, one prompt a line.
+      prompts: a built-in set, or a file: text with one prompt a line, JSONL, JSON, CSV or TSV.
       prompts_per_iteration: over all devices; a multiple of the mesh's axis `data`.
       prompts_per_rollout: how many of them are rolled out at once, a divisor of their number; None: all. Fewer take
         less memory, and rewards on other machines score the images of one rollout during the next.
-      wandb: also log to Weights & Biases.
+      wandb: also log to Weights & Biases (`pip install -e '.[wandb]'`).
+      model, rewards, scorers, plan, learner, optim, evaluation, checkpoint, mesh: the sections of these names.
     """
 
     name: str = "egrpo"
