@@ -12,6 +12,7 @@ import dataclasses
 import numbers
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from egrpo_jax.common.errors import ConfigError
@@ -79,7 +80,7 @@ def check(config: Any) -> None:
                 raise ConfigError(key, value, allowed.describe(whole))
 
 
-def _numbers(hint: Any, value: Any, key: str) -> typing.Iterator[tuple[str, Any, bool, Range]]:
+def _numbers(hint: Any, value: Any, key: str) -> Iterator[tuple[str, Any, bool, Range]]:
     """The numbers in `value`, of the type `hint`: key, number, whether it is to be an integer, range."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and isinstance(value, numbers.Real):
