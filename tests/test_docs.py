@@ -2,37 +2,40 @@
 
 import dataclasses
 import re
+import shlex
 
-import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from docs import make_config
+from egrpo_jax.cli.overrides import read_none
+from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
 from egrpo_jax.training.config import TrainConfig
 from tests import programs
 
+CLASSES = [cls for _, cls in make_config.sections(TrainConfig)] + list(make_config.JOBS.values())
+read_none()
 README = (programs.ROOT / "README.md").read_text()
 
 
-def keys(config, prefix=""):
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from keys(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
+def test_the_list_of_config_keys_is_made_from_the_code():
+    assert make_config.FILE.read_text() == make_config.document(), "run python -m docs.make_config"
 
 
-def test_the_readme_lists_every_key_with_its_default():
-    listed = {}
-    for row in re.findall(r"^\| (`.*) \|$", README, flags=re.M):
-        names, defaults, _ = row.split(" | ")
-        listed |= zip(re.findall(r"`([^`]+)`", names), re.findall(r"`([^`]+)`", defaults), strict=True)
-    assert listed == {name: _written(value) for name, value in keys(TrainConfig())}
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_key_is_described(cls):
+    assert set(make_config.attributes(cls)) == {field.name for field in dataclasses.fields(cls)}
 
 
-def _written(value):
-    if isinstance(value, float) and 0 < value < 1e-3:
-        return np.format_float_scientific(value, trim="-", exp_digits=1)
-    return repr(value).replace("'", '"')
+@pytest.mark.parametrize("override", re.findall("`(--config[^`]+)`", make_config.INTRODUCTION))
+def test_overrides_work_as_written(override):
+    arguments = ["train", f"--config={programs.ROOT}/configs/emoji.py", *shlex.split(override)]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments, lock_config=False)
+    values(arguments)
+    from_config_dict(TrainConfig, config.value)
 
 
 def test_the_readmes_plan_is_the_papers():

@@ -21,12 +21,6 @@ from egrpo_jax.training.state import Progress, save
 from tests import programs
 
 
-def test_an_infinite_value_of_the_config_is_strict_json():
-    config = to_config_dict(TrainConfig(learner=LearnerConfig(advantage_clip=math.inf))).to_dict()
-    shown = json.loads(json.dumps(protocol.public_config(config), allow_nan=False))
-    assert shown["learner"]["advantage_clip"] == "Infinity"
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of the embedded model whose weights have grown by a hundredth, saved as iteration 3."""

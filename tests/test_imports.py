@@ -1,6 +1,8 @@
 """Who may import whom (docs/architecture.md)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,21 @@ def test_no_circle_between_rooms():
 
 def test_flow_needs_jax_alone():
     outside = {name.split(".")[0] for path in (PACKAGE / "flow").glob("*.py") for name in imports(path)}
-    assert outside - {"egrpo_jax", "jax", "chex", "numpy"} <= set(__import__("sys").stdlib_module_names)
+    assert outside - {"egrpo_jax", "jax", "chex", "numpy"} <= set(sys.stdlib_module_names)
+
+
+def test_the_algorithm_needs_no_config_library():
+    """flow, rl and models can be used without command line and config files."""
+    files = [path for room in ("flow", "rl", "models") for path in (PACKAGE / room).rglob("*.py")]
+    paths = [path.relative_to(PACKAGE.parent) for path in files if path.stem != "__init__"]
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
+    for path in [*files, PACKAGE / "common" / "errors.py", PACKAGE / "common" / "ranges.py"]:
+        assert not {name.split(".")[0] for name in imports(path)} & {"absl", "ml_collections"}, path
+    program = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert set(modules) <= loaded, done.stderr
+    assert "ml_collections" not in loaded  # absl is: by optax
 
 
 def test_no_program_is_imported():
@@ -90,6 +106,6 @@ def test_only_programs_lie_at_the_top():
 
 
 def test_only_declared_packages_are_imported():
-    declared = RUNTIME | TEACHER | set(__import__("sys").stdlib_module_names) | {"egrpo_jax"}
+    declared = RUNTIME | TEACHER | set(sys.stdlib_module_names) | {"egrpo_jax"}
     for path in PACKAGE.rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= declared, path

@@ -413,7 +413,7 @@ BAD_INPUT = {
         "config.plan.merges: found (1, 1, 1, 1), expected",
     ),
     "active step": (["--config.plan.active_steps=(0, 8)"], "config.plan.active_steps: found 8, expected a grid step"),
-    "group of one": (["--config.plan.group_size=1"], "config.plan.group_size: found 1, expected at least 2"),
+    "group of one": (["--config.plan.group_size=1"], "config.plan.group_size: found 1, expected a whole number from 2"),
     "empty prompts": (["--config.prompts={}/empty.txt"], "empty.txt: found no prompt"),
     "binary prompts": (["--config.prompts={}/binary.txt"], "binary.txt: line 1: byte 0 is not UTF-8"),
     "unwritable workdir": (["--workdir={}/file/run"], "cannot lock the workdir {}/file/run: Not a directory"),

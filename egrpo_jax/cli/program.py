@@ -18,11 +18,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from egrpo_jax.cli.overrides import read_none
 from egrpo_jax.cli.usage import usage
 from egrpo_jax.common.errors import UserError
 
 _HELP = {"--help", "-help", "-h", "--helpfull", "-helpfull"}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+read_none()
 
 
 def define_config(values: flags.FlagValues, required: bool = True) -> flags.FlagHolder[Any]:

@@ -89,18 +89,29 @@ def _origin(hint: Any) -> Any:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return f"a value of type {name.replace('typing.', '')}"
+    return f"a value of type {_name(hint)}"
+
+
+def _name(hint: Any) -> str:
+    """The type as one would write it, without modules."""
+    if hint is Ellipsis or hint is type(None):
+        return "..." if hint is Ellipsis else "None"
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_name, args))
+    return f"{origin.__name__}[{', '.join(map(_name, args))}]" if args else hint.__name__
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type `hint`, where that loses nothing."""
-    if value is None and type(None) in typing.get_args(hint):
+    if value in (None, (None,)) and type(None) in typing.get_args(hint):  # (None,): a tuple's on the command line
         return None
     for option in _options(hint):
         try:
             return _convert_plain(option, value, key)
-        except TypeError:
+        except (TypeError, OverflowError):  # OverflowError: an integer that no float holds
             continue
     raise ConfigError(key, value, _describe(hint))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,8 @@ def environment() -> dict[str, str]:
 
 
 def public_config(record: dict[str, Any]) -> dict[str, Any]:
-    """The config `record`, nested mappings, as strict JSON has it: an infinite value is a word.
-
-    A server's URL is without its query, which may be secret.
-    """
-    record = json.loads(json.dumps(record), parse_constant=str)
+    """The config `record`, nested mappings, without the query of a server's URL: that may be secret."""
+    record = copy.deepcopy(record)
     for remote in record["scorers"]["remote"].values():
         remote["url"] = _bare(remote["url"])
     return record

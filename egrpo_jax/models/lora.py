@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import chex
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.common.ranges import Range, check
 
 Params = dict[str, Any]
 
@@ -50,15 +51,12 @@ class LoraConfig:
       targets: regular expressions; a dense layer is adapted if one is found in its path, as `double_blocks/image_out`.
     """
 
-    rank: int = 64
-    alpha: float = 128.0
+    rank: Annotated[int, Range(1, 100_000)] = 64
+    alpha: Annotated[float, Range(1e-3, 10**6)] = 128.0
     targets: tuple[str, ...] = FLOW_GRPO_TARGETS
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError("rank", self.rank, "at least 1")
-        if not self.alpha > 0:
-            raise ConfigError("alpha", self.alpha, "a positive number")
+        check(self)
         if not self.targets:
             raise ConfigError("targets", self.targets, "at least one regular expression")
         for pattern in self.targets:

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Range, check
 
 DATA = "data"
 """The axis over which prompts are spread: manual inside shard_map. `fsdp` and `tensor` stay automatic."""
 
 
+Axis = Annotated[int, Range(1, 1_000_000, also=-1, why="-1 takes all devices that are left")]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The config section `mesh`: devices on each axis; -1 on one axis takes all that are left."""
+    """The config section `mesh`: devices on each axis; -1 on one axis takes all that are left.
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    Attributes:
+      data: devices over which prompts are spread.
+      fsdp: devices over which parameters are sharded, and gathered layer by layer.
+      tensor: devices over which matrix products are split.
+    """
+
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.astuple(self)
-        for key, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-            if size != -1 and size < 1:
-                raise ConfigError(key, size, "at least 1, or -1 for all devices left")
-        if sizes.count(-1) > 1:
+        check(self)
+        if dataclasses.astuple(self).count(-1) > 1:
             raise ConfigError("data", self.data, "-1 on one axis only")
 
 

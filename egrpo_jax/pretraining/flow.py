@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import chex
 import jax
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.common.ranges import Count, Range, Seed, Shift, check
 from egrpo_jax.data.emoji import IMAGE_SIZE, catalogue, heldout_names, render
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import VelocityFn, solve
@@ -30,39 +31,42 @@ from egrpo_jax.rewards import load_reward
 from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_asset, save_asset
 
+Blocks = Annotated[int, Range(1, 1000)]
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowJob:
     """Flow matching of the embedded model.
 
     Attributes:
+      kind: what is trained.
+      seed: of parameters, batches, times and noise.
       start_from: file of a smaller flow, written by an earlier job, to go on from; blocks that it lacks are added.
-      num_heads, num_double_blocks, num_single_blocks: sizes of the model; a head has 32 channels.
+      num_heads: of attention, 32 channels each.
+      num_double_blocks, num_single_blocks: of the model.
       patch: pixels on a side of an image token.
-      shift: of the training times; see `flow.schedule.shifted_times`.
+      shift: of the training times; see `flow.grid.shifted_times`.
       evaluate_every: steps between evaluations, each of which writes the model.
       target_recall: R@1 of the judge on held-out names at which training stops, even if steps are left.
+      optim: how it is trained.
     """
 
     kind: Literal["flow"] = "flow"
-    seed: int = 0
+    seed: Seed = 0
     start_from: str | None = None
-    num_heads: int = 4
-    num_double_blocks: int = 1
-    num_single_blocks: int = 3
-    patch: int = 4
-    shift: float = 2.0
-    evaluate_every: int = 100
-    target_recall: float = 0.35
+    num_heads: Annotated[int, Range(1, 1000)] = 4
+    num_double_blocks: Blocks = 1
+    num_single_blocks: Blocks = 3
+    patch: Annotated[int, Range(1, IMAGE_SIZE)] = 4
+    shift: Shift = 2.0
+    evaluate_every: Count = 100
+    target_recall: Annotated[float, Range(0, 1)] = 0.35
     optim: Optim = dataclasses.field(default_factory=lambda: Optim(steps=4000, batch_size=64, warmup=200, decay=False))
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or IMAGE_SIZE % self.patch:
+        check(self)
+        if IMAGE_SIZE % self.patch:
             raise ConfigError("patch", self.patch, f"a divisor of {IMAGE_SIZE}")
-        if not self.shift > 0:
-            raise ConfigError("shift", self.shift, "a positive number")
-        if self.evaluate_every < 1:
-            raise ConfigError("evaluate_every", self.evaluate_every, "a positive number of steps")
 
 
 def flow_matching_loss(

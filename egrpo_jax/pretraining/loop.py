@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, CountOrZero, Decay, GradNorm, LearningRate, WeightDecay, check
 
 LossFn = Callable[[Any, Any, chex.PRNGKey], chex.Array]
 """`(params, data, key) -> loss`; draws its batch from `data` with `key`."""
@@ -36,23 +36,18 @@ class Optim:
       ema: decay of the average.
     """
 
-    steps: int
-    batch_size: int
-    lr: float = 2e-3
-    warmup: int = 50
+    steps: Count
+    batch_size: Count
+    lr: LearningRate = 2e-3
+    warmup: CountOrZero = 50
     decay: bool = True
-    b2: float = 0.99
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    ema: float = 0.998
+    b2: Decay = 0.99
+    weight_decay: WeightDecay = 1e-4
+    clip: GradNorm = 1.0
+    ema: Decay = 0.998
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(name, getattr(self, name), "a positive number")
-        for name in ("b2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "a number in [0, 1)")
+        check(self)
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer as an optax transformation."""

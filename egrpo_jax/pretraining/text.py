@@ -6,13 +6,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from egrpo_jax.common.ranges import Range, Seed, check
 from egrpo_jax.data.emoji import make_catalogue, write_catalogue
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatures
 from egrpo_jax.pretraining.loop import Optim, count, fit, last, rounded
@@ -37,14 +38,26 @@ JOINS = ("with", "and", "in", "on", "under", "near", "without", "holding")
 
 @dataclasses.dataclass(frozen=True)
 class TextJob:
-    """Distillation of the text encoder: `phrases` composed phrases beside the names, half of every batch each."""
+    """Distillation of the text encoder.
+
+    Attributes:
+      kind: what is trained.
+      seed: of phrases, parameters and batches.
+      phrases: composed phrases beside the names; half of every batch each.
+      width: of the encoder; it has 6 heads.
+      num_layers: of the encoder.
+      optim: how it is trained.
+    """
 
     kind: Literal["text"] = "text"
-    seed: int = 0
-    phrases: int = 16_000
-    width: int = 192
-    num_layers: int = 2
+    seed: Seed = 0
+    phrases: Annotated[int, Range(1, 10_000_000)] = 16_000
+    width: Annotated[int, Range(6, 6_000, multiple_of=6)] = 192
+    num_layers: Annotated[int, Range(1, 1000)] = 2
     optim: Optim = dataclasses.field(default_factory=lambda: Optim(steps=1500, batch_size=256))
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def compose(names: Sequence[str], number: int, seed: int) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from egrpo_jax.common.ranges import Range, Seed, check
 from egrpo_jax.data.emoji import catalogue, render
 from egrpo_jax.models.towers import Tower, TowerConfig
 from egrpo_jax.pretraining.corruption import CORRUPTIONS
@@ -26,15 +27,28 @@ LICENSE = (
 
 @dataclasses.dataclass(frozen=True)
 class TowerJob:
-    """One tower: the asset's `name`, the trunk, and which corruption of the images it is trained to withstand."""
+    """One tower.
+
+    Attributes:
+      name: of the asset.
+      trunk: convolutions or an MLP-mixer.
+      width: of the trunk's first stage.
+      corruption: of the images, which the tower is trained to withstand.
+      optim: how it is trained.
+      kind: what is trained.
+      seed: of parameters and batches.
+    """
 
     name: Literal["reward", "judge", "weak"]
     trunk: Literal["conv", "mixer"]
-    width: int
+    width: Annotated[int, Range(1, 10_000)]
     corruption: Literal["generator", "augment", "weak", "cast"]
     optim: Optim
     kind: Literal["tower"] = "tower"
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def train(job: TowerJob, output: str | os.PathLike[str]) -> dict[str, float]:

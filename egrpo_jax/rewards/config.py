@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, Range, check
 from egrpo_jax.rewards.remote.address import ascii_url
 
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L_14 = "openai/clip-vit-large-patch14"
+Seconds = Annotated[float, Range(1e-3, 10**6)]
 
 
 @dataclasses.dataclass(frozen=True)
 class HpsConfig:
-    """HPSv2: its file, the folder that holds it, or its name on the Hub; and a folder with CLIP's tokenizer."""
+    """HPSv2, both versions.
+
+    Attributes:
+      path: its file, the folder that holds it, or its name on the Hub.
+      tokenizer: a folder with CLIP's tokenizer, or its name on the Hub.
+    """
 
     path: str = "xswu/HPSv2"
     tokenizer: str = VIT_H_14
@@ -24,21 +29,34 @@ class HpsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipScoreConfig:
-    """The CLIP score: a folder as open_clip or transformers publish it, or its name on the Hub."""
+    """The CLIP score.
+
+    Attributes:
+      path: a CLIP's folder as open_clip or transformers publish it, or its name on the Hub.
+    """
 
     path: str = VIT_H_14
 
 
 @dataclasses.dataclass(frozen=True)
 class PickScoreConfig:
-    """PickScore: its folder, or its name on the Hub."""
+    """PickScore.
+
+    Attributes:
+      path: its folder, or its name on the Hub.
+    """
 
     path: str = "yuvalkirstain/PickScore_v1"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-    """ImageReward: its file or folder, and a folder with BERT's `vocab.txt`; or their names on the Hub."""
+    """ImageReward.
+
+    Attributes:
+      path: its file or folder, or its name on the Hub.
+      tokenizer: a folder with BERT's `vocab.txt`, or its name on the Hub.
+    """
 
     path: str = "THUDM/ImageReward"
     tokenizer: str = "google-bert/bert-base-uncased"
@@ -46,7 +64,12 @@ class ImageRewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AestheticConfig:
-    """The LAION aesthetic predictor: its file, which is on no Hub, and the folder of CLIP ViT-L/14."""
+    """The LAION aesthetic predictor.
+
+    Attributes:
+      path: its file, which is on no Hub.
+      clip: the folder of CLIP ViT-L/14, or its name on the Hub.
+    """
 
     path: str | None = None
     clip: str = VIT_L_14
@@ -78,30 +101,21 @@ class RemoteConfig:
     url: str
     protocol: Literal["scores", "chat"] = "scores"
     api_key: str | None = None
-    batch: int = 8
-    concurrency: int = 8
-    timeout: float = 120.0
-    deadline: float = 600.0
-    retries: int = 6
-    backoff: float = 1.0
+    batch: Count = 8
+    concurrency: Annotated[int, Range(1, 10_000)] = 8
+    timeout: Seconds = 120.0
+    deadline: Seconds = 600.0
+    retries: Annotated[int, Range(0, 1000)] = 6
+    backoff: Annotated[float, Range(0, 30)] = 1.0
     model: str = "UnifiedReward"
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     template: str = "pointwise"
     patterns: tuple[str, ...] = ()
-    best: float = 5.0
+    best: Annotated[float, Range(1e-3, 10**6)] = 5.0
 
     def __post_init__(self) -> None:
+        check(self)
         ascii_url(self.url)
-        for key in ("batch", "concurrency", "max_tokens"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
-        for key in ("timeout", "deadline", "best"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(key, getattr(self, key), "a number above 0")
-        if self.retries < 0:
-            raise ConfigError("retries", self.retries, "at least 0")
-        if not 0 <= self.backoff < math.inf:
-            raise ConfigError("backoff", self.backoff, "a number, at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +125,12 @@ class ScorersConfig:
     Attributes:
       dtype: what scorers compute in.
       batch: images at once on a device.
+      hps, clip_score, pickscore, imagereward, aesthetic: where the files of these rewards are.
       remote: scorers on other machines, by the names under which `rewards` has them.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    batch: int = 16
+    batch: Count = 16
     hps: HpsConfig = field(default_factory=HpsConfig)
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
     pickscore: PickScoreConfig = field(default_factory=PickScoreConfig)
@@ -124,5 +139,4 @@ class ScorersConfig:
     remote: dict[str, RemoteConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ConfigError("batch", self.batch, "at least 1")
+        check(self)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import chex
 import jax.numpy as jnp
 import optax
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, CountOrZero, Decay, GradNorm, LearningRate, Range, WeightDecay, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,33 +20,28 @@ class OptimConfig:
     Attributes:
       learning_rate: reached after `warmup_updates` linear steps, then constant.
       warmup_updates: optimizer updates of the warm-up.
-      b1, b2, eps, weight_decay: of AdamW.
+      b1: decay of AdamW's first moments.
+      b2: decay of AdamW's second moments.
+      eps: of AdamW's denominator.
+      weight_decay: of AdamW; decoupled, times the learning rate.
       first_moment_dtype: what AdamW's first moment is stored in; the second stays float32, since bfloat16 would lose
         its small increments.
       grad_clip: largest global norm of a gradient.
       max_skipped: so many updates skipped in a row, for a loss or gradient that is not finite, end the run.
     """
 
-    learning_rate: float = 2e-6
-    warmup_updates: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
+    learning_rate: LearningRate = 2e-6
+    warmup_updates: CountOrZero = 0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Annotated[float, Range(1e-16, 1)] = 1e-8
+    weight_decay: WeightDecay = 1e-4
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    grad_clip: float = 1.0
-    max_skipped: int = 10
+    grad_clip: GradNorm = 1.0
+    max_skipped: Count = 10
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "grad_clip", "eps"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(key, getattr(self, key), "a positive number")
-        for key in ("b1", "b2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "a number in [0, 1)")
-        for key, least in (("weight_decay", 0), ("warmup_updates", 0), ("max_skipped", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(key, getattr(self, key), f"at least {least}")
+        check(self)
 
 
 def make_schedule(config: OptimConfig) -> optax.Schedule:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Annotated
 
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Range, Shift, check
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy, sigma
 from egrpo_jax.flow.grid import Times, shifted_times
 from egrpo_jax.flow.solver import tail_steps
@@ -22,36 +24,30 @@ class PlanConfig:
 
     Attributes:
       num_steps: T, steps of the time grid.
-      shift: s of the shifted grid.
-      noise_level: a, scale of the noise of a random step.
+      shift: s of the shifted grid t = s u / (1 + (s - 1) u).
+      noise_level: a, scale of the noise of a random step: σ = a √(t / (1 - t)).
       active_steps: grid steps that get a group of samples, counted from 0 at pure noise (the paper's k is
         T - step); None for the first half.
       entropy_threshold: tau; an active step spans as few grid steps as bring e^{h/d} to tau. 0 never merges.
-      merges: instead of `entropy_threshold`, the number of grid steps each active step spans.
+      merges: instead of `entropy_threshold`, which is None then, the number of grid steps each active step spans.
       group_size: G, samples for each prompt and active step.
       tail_strides: the grid strides at which tails are walked; each stride gives every sample one more image and one
         more advantage, and these are added (the granularities of G2RPO).
     """
 
-    num_steps: int = 16
-    shift: float = 3.0
-    noise_level: float = 0.7
-    active_steps: tuple[int, ...] | None = None
-    entropy_threshold: float | None = 2.2
-    merges: tuple[int, ...] | None = None
-    group_size: int = 12
-    tail_strides: tuple[int, ...] = (1,)
+    num_steps: Annotated[int, Range(2, 10_000)] = 16
+    shift: Shift = 3.0
+    noise_level: Annotated[float, Range(1e-4, 100)] = 0.7
+    active_steps: tuple[Annotated[int, Range(0, 9_999)], ...] | None = None
+    entropy_threshold: Annotated[float, Range(0, 1000)] | None = 2.2
+    merges: tuple[Annotated[int, Range(1, 10_000)], ...] | None = None
+    group_size: Annotated[int, Range(2, 100_000, why="one sample has nothing to be compared with")] = 12
+    tail_strides: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise ConfigError("num_steps", self.num_steps, "at least 2")
-        if self.group_size < 2:
-            raise ConfigError("group_size", self.group_size, "at least 2: one sample has nothing to be compared with")
-        for key in ("shift", "noise_level"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(key, getattr(self, key), "a positive number")
-        if not self.tail_strides or min(self.tail_strides) < 1:
-            raise ConfigError("tail_strides", self.tail_strides, "one or more strides of at least 1")
+        check(self)
+        if not self.tail_strides:
+            raise ConfigError("tail_strides", self.tail_strides, "one or more strides")
         self._check_active_steps()
         self._check_merges()
 
@@ -60,7 +56,7 @@ class PlanConfig:
         if steps is None:
             return
         for step in steps:
-            if not 0 <= step < self.num_steps:
+            if step >= self.num_steps:
                 raise ConfigError("active_steps", step, f"a grid step from 0 to {self.num_steps - 1}")
         if not steps or any(b <= a for a, b in itertools.pairwise(steps)):
             raise ConfigError("active_steps", steps, "one or more increasing grid steps")
@@ -68,15 +64,13 @@ class PlanConfig:
     def _check_merges(self) -> None:
         if (self.merges is None) == (self.entropy_threshold is None):
             raise ConfigError("merges", self.merges, "either merges or entropy_threshold, the other one None")
-        if self.entropy_threshold is not None and self.entropy_threshold < 0:
-            raise ConfigError("entropy_threshold", self.entropy_threshold, "a number of at least 0")
         if self.merges is None:
             return
         steps = self.resolved_active_steps
         if len(self.merges) != len(steps):
             raise ConfigError("merges", self.merges, f"one entry for each of the {len(steps)} active steps")
         for step, length in zip(steps, self.merges, strict=True):
-            if not 1 <= length <= self.num_steps - step:
+            if length > self.num_steps - step:
                 raise ConfigError("merges", length, f"1 to {self.num_steps - step} at step {step}: the grid ends there")
 
     @property

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, Decay, Range, check
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.flow.transition import log_prob
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss
@@ -26,27 +26,22 @@ class LearnerConfig:
     Attributes:
       schedule: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
         one update for each active step, in order, the later ones off-policy (the E-GRPO and G2RPO codes).
-      clip_range: of the ratio.
+      clip_range: the ratio is clipped to 1 plus or minus this; float32 tells nothing below 1e-7 from 1.
       advantage_clip: advantages are clipped to plus or minus this.
       micro_batch: states in one forward and backward pass on one device, gradients being accumulated over the rest;
         None for all.
-      ema_decay: of the parameters' exponential moving average, once an iteration; None keeps none.
+      ema_decay: of the parameters' exponential moving average, once an iteration, which is then what is evaluated; None
+        keeps none.
     """
 
     schedule: Literal["joint", "per_active_step"] = "joint"
-    clip_range: float = 1e-4
-    advantage_clip: float = 5.0
-    micro_batch: int | None = None
-    ema_decay: float | None = None
+    clip_range: Annotated[float, Range(1e-7, 1000)] = 1e-4
+    advantage_clip: Annotated[float, Range(1e-3, 10**6)] = 5.0
+    micro_batch: Count | None = None
+    ema_decay: Decay | None = None
 
     def __post_init__(self) -> None:
-        for key in ("clip_range", "advantage_clip"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(key, getattr(self, key), "a positive number")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ConfigError("micro_batch", self.micro_batch, "at least 1, or None")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError("ema_decay", self.ema_decay, "a number in [0, 1), or None")
+        check(self)
 
 
 class Skipped(NamedTuple):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 import ml_collections
 
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, Range, Seed, check
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
@@ -26,8 +27,9 @@ class RewardsConfig:
 
     Attributes:
       train: rewards that are trained on.
-      weights: one weight for each of them.
-      combination: how they become one advantage: see `rl.advantage.credit`.
+      weights: one weight for each of them; below 0 trains against it.
+      combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
+        weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
       clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
       heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
@@ -35,19 +37,22 @@ class RewardsConfig:
     """
 
     train: tuple[str, ...] = ("emoji",)
-    weights: tuple[float, ...] = (1.0,)
+    weights: tuple[Annotated[float, Range(-1000, 1000)], ...] = (1.0,)
     combination: Combination = "advantages"
-    clips: tuple[float, ...] = ()
+    clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
 
     def __post_init__(self) -> None:
+        check(self)
         if not self.train:
             raise ConfigError("train", self.train, "at least one reward")
         if len(self.weights) != len(self.train):
             raise ConfigError("weights", self.weights, f"one weight for each of the {len(self.train)} rewards")
-        if self.clips and (len(self.clips) != len(self.train) or min(self.clips) <= 0):
-            raise ConfigError("clips", self.clips, f"nothing, or a number above 0 for each of {self.train}")
+        if not any(self.weights):
+            raise ConfigError("weights", self.weights, "a weight other than 0")
+        if self.clips and len(self.clips) != len(self.train):
+            raise ConfigError("clips", self.clips, f"nothing, or a number for each of {self.train}")
         if self.clips and self.combination == "sum":
             raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
         names = self.train + self.heldout
@@ -60,35 +65,35 @@ class EvaluationConfig:
     """The config section `evaluation`: fixed prompts, fixed noise, the deterministic flow on the plan's grid.
 
     Attributes:
-      prompts: a built-in set or a text file.
+      prompts: a built-in set, or a file as for training.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
       kept: how many of the prompts, evenly spread, have their pictures kept; the last report chooses among them.
     """
 
     prompts: str = "emoji_heldout"
-    every: int = 10
-    batch: int = 50
-    kept: int = 16
+    every: Count = 10
+    batch: Count = 50
+    kept: Count = 16
 
     def __post_init__(self) -> None:
-        for key in ("every", "batch", "kept"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The config section `checkpoint`: iterations between two checkpoints, and how many of the newest are kept."""
+    """The config section `checkpoint`.
 
-    every: int = 10
-    keep: int = 2
+    Attributes:
+      every: iterations between two checkpoints; there is always one after the last.
+      keep: how many of the newest stay.
+    """
+
+    every: Count = 10
+    keep: Annotated[int, Range(2, 1_000_000, why="the newest may be damaged")] = 2
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError("every", self.every, "at least 1")
-        if self.keep < 2:
-            raise ConfigError("keep", self.keep, "at least 2: the newest may be damaged")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +104,20 @@ class TrainConfig:
       name: of the run; it is kept in `runs/<name>` unless --workdir says otherwise.
       seed: of all noise and of the prompts' order.
       num_iterations: rollouts, each with its optimizer updates.
-      prompts: a built-in set or a text file, one prompt a line.
+      prompts: a built-in set, or a file: text with one prompt a line, JSONL, JSON, CSV or TSV.
       prompts_per_iteration: over all devices; a multiple of the mesh's axis `data`.
       prompts_per_rollout: how many of them are rolled out at once, a divisor of their number; None: all. Fewer take
         less memory, and rewards on other machines score the images of one rollout during the next.
-      wandb: also log to Weights & Biases.
+      wandb: also log to Weights & Biases (`pip install -e '.[wandb]'`).
+      model, rewards, scorers, plan, learner, optim, evaluation, checkpoint, mesh: the sections of these names.
     """
 
     name: str = "egrpo"
-    seed: int = 0
-    num_iterations: int = 300
+    seed: Seed = 0
+    num_iterations: Count = 300
     prompts: str = "emoji_train"
-    prompts_per_iteration: int = 8
-    prompts_per_rollout: int | None = None
+    prompts_per_iteration: Count = 8
+    prompts_per_rollout: Count | None = None
     wandb: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -124,15 +130,11 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for key in ("num_iterations", "prompts_per_iteration"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
         rollout = self.prompts_per_rollout
-        if rollout is not None and (rollout < 1 or self.prompts_per_iteration % rollout):
+        if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
             raise ConfigError("prompts_per_rollout", rollout, expected)
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "at least 0")
 
 
 def train_config(config: TrainConfig) -> ml_collections.ConfigDict:

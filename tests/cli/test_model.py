@@ -5,13 +5,13 @@ import json
 
 import pytest
 from absl import flags
-from egrpo_jax.pipelines.flux.pipeline import FluxOptions
 
 from egrpo_jax.cli.model import ModelFlags, compare_weights, run_config
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.run.workdir import claim_workdir
 from egrpo_jax.training.config import TrainConfig

@@ -78,6 +78,10 @@ class Job:
     active: tuple[int, ...] = (0,)
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     optim: Optim = Optim()
+    path: str | None = None
+    limit: int | None = None
+    shape: tuple[int, ...] | None = None
+    base: Optim | None = None
 """
 CONFIG = """
 from egrpo_jax.common.config import to_config_dict
@@ -102,6 +106,9 @@ def folder(tmp_path_factory):
         "name.py": "def get_config():\n    return missing\n",
         "typed.py": CONFIG.replace("return", "config =") + "    config.optim.lr = 'x'\n    return config\n",
         "empty.py": "",
+        "set.py": CONFIG.replace("steps=int(arg)", "1, 0.5, path='x', limit=2, shape=(3,), base=Optim(0.2)").replace(
+            "import Job", "import Job, Optim"
+        ),
     }
     for name, content in files.items():
         (folder / name).write_text(content)
@@ -134,19 +141,40 @@ def test_runs_with_overrides(folder):
         "--config.optim.lr", "0.5",
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
-    expected = "Job(steps=7, clip=2.0, active=(3, 4), weights={'hps': 1.0}, optim=Optim(lr=0.5))\n"
-    assert result.stdout == expected
+    expected = (
+        "Job(steps=7, clip=2.0, active=(3, 4), weights={'hps': 1.0}, optim=Optim(lr=0.5), path=None, limit=None, "
+    )
+    assert result.stdout == expected + "shape=None, base=None)\n"
+
+
+OPTIONAL = ("clip", "path", "limit", "shape", "base")
+
+
+def test_optional_keys_are_set_back_to_none(folder):
+    kept = start(folder, "--config=set.py", "--config.base={'lr': 0.3}", "--config.limit=5", "--config.clip=1.5")
+    assert "clip=1.5, active" in kept.stdout, kept.stderr
+    assert kept.stdout.endswith("path='x', limit=5, shape=(3,), base=Optim(lr=0.3))\n")
+    result = start(folder, "--config=set.py", *(f"--config.{key}=None" for key in OPTIONAL))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("=None") == len(OPTIONAL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=good.py", "--config.nope=1"], "config.nope: found 1, expected one of the keys active, clip, optim"),
+        (
+            ["--config=good.py", "--config.nope=1"],
+            "config.nope: found 1, expected one of the keys active, base, clip, ",
+        ),
         (["--config=good.py", "--config.optim.l=1"], "config.optim.l: found 1, expected one of the keys lr"),
         (["--config=good.py", "--config.nope.deep=1"], "--config: "),
         (["--config.steps=1"], "--config.steps changes a config file; name that with --config before it"),
         (["--config=good.py", "--config.steps=many"], "flag --config.steps=many: "),
         (["--config=good.py", "--config.active=a"], "config.active[0]: found 'a', expected a value of type int"),
+        (["--config=good.py", "--config.steps=None"], "config.steps: found None, expected a value of type int"),
+        (["--config=good.py", "--config.active=None"], "config.active[0]: found None, expected a value of type int"),
+        (["--config=good.py", "--config.optim=None"], "config.optim: found None, expected a value of type Optim"),
+        (["--config=good.py", "--config.optim=3"], "flag --config.optim=3: expected a section, as {'key': value}, or"),
         (["--config=good.py", "--config.steps"], "Missing value for flag --config.steps"),
         (["--config=good.py:ten"], "argument 'ten' of this config, expected a number of steps"),
         (["--config=good.py:13"], "thirteen steps are too many"),

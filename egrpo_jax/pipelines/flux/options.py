@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.ranges import Count, Range, check
 from egrpo_jax.models.flux import Remat
 from egrpo_jax.models.lora import LoraConfig
 
 Dtype = Literal["bfloat16", "float32"]
+Pixels = Annotated[int, Range(16, 16_384, multiple_of=16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class FluxOptions:
     """The config section `model.flux`.
 
     Attributes:
-      height, width: of the images, in pixels; multiples of 16.
+      height, width: of the images, in pixels.
       guidance: the distilled guidance scale, an input of FLUX.1-dev; FLUX.1-schnell has none.
       text_tokens: length of the T5 sequence; padding is attended to, so that it must be what the model was trained
         with: 512 (dev) or 256 (schnell).
@@ -35,10 +37,10 @@ class FluxOptions:
       truncate_time: cut the model's time input to thousandths, as the PyTorch trainers do.
     """
 
-    height: int = 720
-    width: int = 720
-    guidance: float = 3.5
-    text_tokens: int = 512
+    height: Pixels = 720
+    width: Pixels = 720
+    guidance: Annotated[float, Range(0, 1000)] = 3.5
+    text_tokens: Annotated[int, Range(1, 100_000)] = 512
     transformer: str | None = None
     embeddings: str | None = None
     lora: LoraConfig | None = None
@@ -46,19 +48,12 @@ class FluxOptions:
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     decode_dtype: Dtype = "float32"
-    decode_batch: int = 4
-    decode_tile: int | None = None
+    decode_batch: Count = 4
+    decode_tile: Annotated[int, Range(4, 4096, multiple_of=4)] | None = None
     remat: Remat = "blocks"
     truncate_time: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("height", "width"):
-            if getattr(self, key) < 16 or getattr(self, key) % 16:
-                raise ConfigError(key, getattr(self, key), "a positive multiple of 16")
-        for key in ("text_tokens", "decode_batch"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "at least 1")
+        check(self)
         if self.lora_weights is not None and self.lora is None:
             raise ConfigError("lora_weights", self.lora_weights, "lora to be set too, with rank and alpha")
-        if self.decode_tile is not None and (self.decode_tile < 4 or self.decode_tile % 4):
-            raise ConfigError("decode_tile", self.decode_tile, "a positive multiple of 4, or None")

@@ -1,0 +1,130 @@
+"""Writes docs/config.md from the config dataclasses and their docstrings: `python -m docs.make_config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from egrpo_jax.common.ranges import Range
+from egrpo_jax.pretraining.flow import FlowJob
+from egrpo_jax.pretraining.loop import Optim
+from egrpo_jax.pretraining.text import TextJob
+from egrpo_jax.pretraining.towers import TowerJob
+from egrpo_jax.training.config import TrainConfig
+
+FILE = Path(__file__).with_name("config.md")
+JOBS = {"text": TextJob, "tower": TowerJob, "flow": FlowJob, "optim, of all three": Optim}
+INTRODUCTION = """# Config
+
+<!-- Made by `python -m docs.make_config` from the dataclasses; edit their docstrings, not this file. -->
+
+A config file's `get_config(variant)` returns `train_config(TrainConfig(...))`, see `configs/`. Every key can be
+overridden on the command line:
+
+| what | how |
+|---|---|
+| a number, a text | `--config.plan.group_size=16`, `--config.prompts=mine.txt` |
+| a bool | `--config.wandb`, `--config.wandb=false` |
+| several numbers | `--config.plan.active_steps=0,2,4` |
+| several texts | `--config.rewards.heldout=emoji_judge --config.rewards.heldout=emoji_judge_r1` |
+| `None`, where the type has it | `--config.plan.entropy_threshold=None --config.plan.merges=1,1,1,1` |
+| a section that may be missing | `--config.model.flux.lora="{'rank': 8}"`, `--config.model.flux.lora=None` |
+| sections by name | `--config.scorers.remote="{'judge': {'url': 'http://host:8000'}}"` |
+
+The whole config is checked before anything is loaded, and a mistake is one line: the key, what was found, what would be
+right. Both ends of a range belong to it. Ranges are wide: they keep out what makes no sense, not what is unusual.
+The defaults are the paper's where it states them.
+"""
+
+
+def document() -> str:
+    """The file's text."""
+    parts = [INTRODUCTION]
+    for prefix, cls in sections(TrainConfig):
+        parts.append(section(prefix.removesuffix(".") or "The run", cls, prefix))
+    parts.append("# Config of `pretrain`\n\nIts key `kind` says which of these it is.\n")
+    parts += [section(name, cls, "optim." if cls is Optim else "") for name, cls in JOBS.items()]
+    return "\n".join(parts)
+
+
+def sections(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
+    """`cls` and the sections below it, with what their keys begin with."""
+    yield prefix, cls
+    for name, hint in typing.get_type_hints(cls).items():
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                named = "NAME." if typing.get_origin(hint) is dict else ""
+                yield from sections(typing.cast(type[Any], option), f"{prefix}{name}.{named}")
+
+
+def section(title: str, cls: type[Any], prefix: str) -> str:
+    """A heading and a table of the keys of `cls`, without those that have tables of their own."""
+    meanings, hints = attributes(cls), typing.get_type_hints(cls, include_extras=True)
+    lines = [f"## {title}", "", summary(cls), "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(hint := hints[field.name]):
+            cells = (f"`{prefix}{field.name}`", kind(hint), default(field), allowed(hint), meanings[field.name])
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def summary(cls: type[Any]) -> str:
+    """The docstring's first paragraph in one line."""
+    return " ".join(inspect.getdoc(cls).split("\n\n")[0].split())  # type: ignore[union-attr]
+
+
+def attributes(cls: type[Any]) -> dict[str, str]:
+    """The descriptions in the docstring's part `Attributes:` by the names of the fields; several may share one."""
+    _, _, part = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    entries = re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", part, flags=re.M)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def kind(hint: Any) -> str:
+    """The type in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(kind(arg) for arg in args)
+    if origin is Annotated:
+        return kind(args[0])
+    if origin is tuple:
+        return f"several {kind(args[0])}"
+    if origin is dict:
+        return "sections by name"
+    if origin is typing.Literal:
+        return ", ".join(written(arg) for arg in args)
+    return "section" if dataclasses.is_dataclass(hint) else "`None`" if hint is type(None) else hint.__name__
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """The default as one would write it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return written(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else written(field.default)
+
+
+def written(value: Any) -> str:
+    """A value as code."""
+    if isinstance(value, float) and 0 < value < 1e-3:
+        return f"`{np.format_float_scientific(value, trim='-', exp_digits=1)}`"
+    return f"`{value!r}`".replace("'", '"')
+
+
+def allowed(hint: Any) -> str:
+    """The range of a field's numbers, at whatever depth; nothing if it has none."""
+    if isinstance(hint, Range):
+        multiples = f", multiples of {hint.multiple_of}" if hint.multiple_of > 1 else ""
+        return f"{hint.low} to {hint.high}{multiples}" + ("" if hint.also is None else f", or {hint.also}")
+    return next((found for part in typing.get_args(hint) if (found := allowed(part))), "")
+
+
+if __name__ == "__main__":
+    FILE.write_text(document())
