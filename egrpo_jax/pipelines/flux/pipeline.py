@@ -39,7 +39,7 @@ class FluxOptions:
         `convert --to orbax` wrote.
       embeddings: a folder that `encode` made; then no text encoder is loaded.
       lora: adapters to train; None trains all weights of the transformer.
-      lora_weights: start from the adapters in this file of diffusers instead of fresh ones.
+      lora_weights: start from the adapters in this file, with its layers and ranks, instead of fresh ones.
       dtype: what the models compute in.
       param_dtype: what the trained weights are stored in; weights that are not trained are stored in `dtype`.
       decode_dtype: what the VAE decoder computes and is stored in.
@@ -115,7 +115,8 @@ def flux_pipeline(path: str, options: FluxOptions, mesh: Mesh) -> Pipeline:
 
 def _adapters(options: FluxOptions, lora: LoraConfig, config: FluxConfig, flow: Any) -> Any:
     if options.lora_weights is not None:
-        return load_lora(options.lora_weights, lora.scale, flux_layout(config, "diffusers"), flow)
+        names = flux_layout(config, "diffusers") + flux_layout(config, "bfl")
+        return load_lora(options.lora_weights, lora.scale, names, flow)
     return init_lora(jax.random.key(0), flow, lora)  # a fixed key: B is zero, so that every start is the base model
 
 
