@@ -27,7 +27,10 @@ _DEFAULT_ALPHA = 8
 """PEFT's `LoraConfig().lora_alpha`."""
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model's weights as they are."""
-_OTHER_METHODS = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication")
+_OTHER_METHODS = (
+    *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config"),
+    *("alora_invocation_tokens", "layer_replication"),
+)
 """Keys that, if set, make the two matrices mean something else."""
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
