@@ -55,7 +55,7 @@ _FOREIGN: Mapping[str, str] = {
     r".*(query|key)_norm\.scale": "a norm, as in a LoRA for control; only plain LoRA can be loaded",
     r".*lora[._](A|B|down|up)\.bias": "a bias (lora_bias); only adapters of two matrices, A and B, can be loaded",
 }
-"""What is in files of other kinds: the beginning of a tensor's name, and what to say of it."""
+"""Tensors of other kinds of adapters: how their names begin, and what to say of them."""
 
 Factors = tuple[np.ndarray, np.ndarray]
 
