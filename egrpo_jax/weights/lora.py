@@ -1,36 +1,28 @@
-"""LoRA files as diffusers reads and writes them: `pytorch_lora_weights.safetensors`.
+"""LoRA files and our adapters: written as diffusers does, read as any common program does (`weights/lora_files.py`).
 
-A layer's adapter is `transformer.{module}.lora_A.weight [r, in]` and `transformer.{module}.lora_B.weight [out, r]`; it
-adds `alpha / r * B A` to the weight. Alpha is r unless a scalar `transformer.{module}.alpha`, or the configuration of
-the adapter in the file's metadata, says otherwise. Modules are those of the base model's layout.
+A layer's adapter in a file is A `[r, in]` and B `[out, r]`; it adds `alpha / r * B A` to the weight. Alpha is r unless
+the file, or the configuration beside it, says otherwise. Modules are those of the base model's layout.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.weights.files import TensorFiles, open_tensors
-from egrpo_jax.weights.layout import LINEAR, LINEAR_SWAPPED, Entry, Layout, Params
+from egrpo_jax.weights.layout import LINEAR, LINEAR_SWAPPED, Entry, Layout, Leaf, Params
+from egrpo_jax.weights.lora_files import FILE_NAME as FILE_NAME
+from egrpo_jax.weights.lora_files import Factors, read_adapters
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-"""What `load_lora_weights` looks for in a folder."""
-
-METADATA_KEY = "lora_adapter_metadata"
 _PREFIX = "transformer."
-_NAME = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
 
 
 def save_lora(path: str | os.PathLike[str], lora: Mapping[str, Any], scale: float, layout: Layout) -> None:
@@ -61,7 +53,7 @@ def export_lora(lora: Mapping[str, Any], scale: float, layout: Layout) -> dict[s
     tensors = {}
     for module, e in modules.items():
         if f"{_layer_path(e)}/a" in flat:
-            place = _place(e)
+            place = _place(e.leaves[0].layer)
             a, b = (flat[f"{_layer_path(e)}/{name}"][place] for name in ("a", "b"))
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(e.form.to_published(b * scale))
@@ -69,12 +61,15 @@ def export_lora(lora: Mapping[str, Any], scale: float, layout: Layout) -> dict[s
 
 
 def load_lora(path: str | os.PathLike[str], scale: float, layout: Layout, params: Mapping[str, Any]) -> Params:
-    """Adapters from a file that diffusers or `save_lora` wrote.
+    """Adapters from a file that diffusers, PEFT, kohya's scripts, ComfyUI or `save_lora` wrote.
+
+    The adapters compute what they do in the program that wrote them, and keep the ranks and the layers of the file;
+    layers that are joined in the file, such as queries, keys and values, get adapters of their own.
 
     Args:
       path: of the file, or of a folder that holds it.
       scale: that the adapters will be applied with; B is divided by it.
-      layout: of the base model, in diffusers' format.
+      layout: of the base model; the layouts of all formats whose names may be in the file, one after another.
       params: of the base model, or their `jax.ShapeDtypeStruct`; only shapes are looked at.
 
     Returns:
@@ -86,22 +81,20 @@ def load_lora(path: str | os.PathLike[str], scale: float, layout: Layout, params
     """
     path = Path(path)
     modules = _linear_modules(layout)
+    modules |= {module.replace(".", "_"): e for module, e in modules.items()}
     flat = flatten_dict(params, sep="/")
-    found: dict[str, list[tuple[Entry, np.ndarray, np.ndarray]]] = {}
-    for module, (a, b) in _read_adapters(path).items():
+    found: dict[str, dict[int | None, Factors]] = {}
+    for module, (a, b) in read_adapters(path).items():
         if module not in modules:
             raise UserError(f"{path}: {module} is no linear layer of the base model; take a LoRA made for it")
         e = modules[module]
-        inputs, outputs = flat[f"{_layer_path(e)}/kernel"].shape[-2:]
-        if (a.shape[1], b.shape[0]) != (inputs, outputs):
-            raise UserError(
-                f"{path}: {module} maps {a.shape[1]} to {b.shape[0]}, in the base model {inputs} to {outputs}; "
-                "take a LoRA made for it"
-            )
-        found.setdefault(_layer_path(e), []).append((e, a.T, e.form.to_ours(b) / np.float32(scale)))
-    return unflatten_dict(
-        {tuple(layer.split("/")): _stack(found[layer], flat[f"{layer}/kernel"].shape) for layer in found}
-    )
+        _check_shapes(path, module, (a, b), [flat[leaf.path].shape for leaf in e.leaves])
+        for leaf, (own_a, own_b) in _split(e, a, b, [flat[leaf.path].shape[-1] for leaf in e.leaves]):
+            layers = found.setdefault(leaf.path.removesuffix("/kernel"), {})
+            if leaf.layer in layers:
+                raise UserError(f"{path} mixes two layouts: {module} is there under another name too; expected one")
+            layers[leaf.layer] = own_a.T, e.form.to_ours(own_b) / np.float32(scale)
+    return unflatten_dict({layer: _stack(found[layer], flat[f"{layer}/kernel"].shape) for layer in found}, sep="/")
 
 
 def _linear_modules(layout: Layout) -> dict[str, Entry]:
@@ -109,7 +102,7 @@ def _linear_modules(layout: Layout) -> dict[str, Entry]:
     return {
         e.name.removesuffix(".weight"): e
         for e in layout
-        if e.name.endswith(".weight") and e.form in (LINEAR, LINEAR_SWAPPED) and len(e.leaves) == 1
+        if e.name.endswith(".weight") and e.form in (LINEAR, LINEAR_SWAPPED)
     }
 
 
@@ -117,70 +110,45 @@ def _layer_path(e: Entry) -> str:
     return e.leaves[0].path.removesuffix("/kernel")
 
 
-def _place(e: Entry) -> int | EllipsisType:
-    """Index of the entry's layer in arrays that may have an axis for a stack of layers."""
-    layer = e.leaves[0].layer
+def _place(layer: int | None) -> int | EllipsisType:
+    """Index of a layer in arrays that may have an axis for a stack of layers."""
     return ... if layer is None else layer
 
 
-def _stack(adapters: list[tuple[Entry, np.ndarray, np.ndarray]], kernel: tuple[int, ...]) -> Params:
+def _check_shapes(path: Path, module: str, factors: Factors, kernels: Sequence[tuple[int, ...]]) -> None:
+    """Raises UserError: A or B does not fit the kernels that a module joins."""
+    inputs, outputs = kernels[0][-2], sum(kernel[-1] for kernel in kernels)
+    a, b = factors
+    if (a.shape[1], b.shape[0]) != (inputs, outputs):
+        raise UserError(
+            f"{path}: {module} maps {a.shape[1]} to {b.shape[0]}, in the base model {inputs} to {outputs}; "
+            "take a LoRA made for it"
+        )
+
+
+def _split(e: Entry, a: np.ndarray, b: np.ndarray, rows: Sequence[int]) -> Iterator[tuple[Leaf, Factors]]:
+    """A and B of each of our layers that a module joins by `rows` of B.
+
+    They share A, unless B is block-diagonal: so kohya's `split_qkv` joins adapters that were trained apart.
+    """
+    parts = np.split(b, np.cumsum(rows)[:-1])
+    chunk, rest = divmod(len(a), len(parts))
+    blocks = [slice(chunk * i, chunk * (i + 1)) for i in range(len(parts))]
+    if rest or any(np.delete(part, block, axis=1).any() for part, block in zip(parts, blocks, strict=True)):
+        blocks = [slice(None)] * len(parts)
+    for leaf, part, block in zip(e.leaves, parts, blocks, strict=True):
+        yield leaf, (a[block], part[:, block])
+
+
+def _stack(adapters: Mapping[int | None, Factors], kernel: tuple[int, ...]) -> Params:
     """`{"a", "b"}` of all the layers in a kernel's stack, from `a [in, r]` and `b [r, out]` of some."""
     *layers, inputs, outputs = kernel
-    rank = max(a.shape[1] for _, a, _ in adapters)
+    rank = max(a.shape[1] for a, _ in adapters.values())
     pair = {
         "a": np.zeros((*layers, inputs, rank), np.float32),
         "b": np.zeros((*layers, rank, outputs), np.float32),
     }
-    for e, a, b in adapters:
-        pair["a"][_place(e)][:, : a.shape[1]] = a
-        pair["b"][_place(e)][: b.shape[0]] = b
+    for layer, (a, b) in adapters.items():
+        pair["a"][_place(layer)][:, : a.shape[1]] = a
+        pair["b"][_place(layer)][: b.shape[0]] = b
     return pair
-
-
-def _read_adapters(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A `[r, in]` and B `[out, r]`, multiplied by alpha / r, of each module in a file; float32."""
-    files = open_tensors(path)
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name in files:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise UserError(
-                f"{path}: {name} is not part of a LoRA of a transformer, as diffusers writes it; the names must be "
-                f"{_PREFIX}MODULE.lora_A.weight, .lora_B.weight or .alpha"
-            )
-        parts.setdefault(match[1], {})[match[2]] = files[name].astype(np.float32)
-    config = _adapter_config(path, files)
-    if config and any("alpha" in found for found in parts.values()):
-        raise UserError(f"{path} has alphas both as tensors and in its metadata; there must be only one of them")
-    return {module: _read_adapter(path, module, found, config) for module, found in parts.items()}
-
-
-def _adapter_config(path: Path, files: TensorFiles) -> dict[str, Any]:
-    """PEFT's configuration of the transformer's adapter, from the metadata of the file; empty if there is none."""
-    first = next(iter(files.stored.values()))
-    with safe_open(first.file, "numpy") as file:
-        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
-    try:
-        return {key.removeprefix(_PREFIX): value for key, value in json.loads(text).items() if key.startswith(_PREFIX)}
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: metadata {METADATA_KEY} is {text[:40]!r}, expected a JSON object") from None
-
-
-def _read_adapter(
-    path: Path, module: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (found.get(f"lora_{letter}.weight") for letter in "AB")
-    if a is None or b is None:
-        raise UserError(f"{path}: {module} has only {', '.join(sorted(found))}; an adapter has lora_A and lora_B")
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-        raise UserError(f"{path}: {module} has lora_A {a.shape} and lora_B {b.shape}; expected [r, in] and [out, r]")
-    rank = len(a)
-    alpha = float(found["alpha"]) if "alpha" in found else _configured_alpha(config, module, rank)
-    return a, b * np.float32(alpha / (np.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _configured_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's rule: the first of `alpha_pattern` that the end of the module's name matches, else `lora_alpha`."""
-    patterns: Iterator[str] = iter(config.get("alpha_pattern") or ())
-    special = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
-    return config.get("lora_alpha", rank) if special is None else config["alpha_pattern"][special]

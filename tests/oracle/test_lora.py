@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-from egrpo_jax.models.flux import Flux  # noqa: E402
+from egrpo_jax.pipelines.flux.files import transformer_shapes  # noqa: E402
+
+from egrpo_jax.models.flux import Flux, FluxConfig  # noqa: E402
 from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
-from egrpo_jax.weights.layout import import_tensors  # noqa: E402
+from egrpo_jax.weights.layout import import_tensors, published_shapes  # noqa: E402
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora  # noqa: E402
 from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
 from tests.oracle.flux import CASES, cotangent, inputs, published_model, published_velocity  # noqa: E402
@@ -105,15 +108,15 @@ def test_diffusers_loads_what_we_write(tmp_path, targets):
     assert_same(our_velocity(lora, config.scale), theirs)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"r": 4, "lora_alpha": 4},
-        {"r": 4, "lora_alpha": 6, "alpha_pattern": {"to_out.0": 2}},
-        {"r": 4, "lora_alpha": 6, "use_rslora": True},
-        {"r": 4, "lora_alpha": 6, "rank_pattern": {"transformer_blocks.1.attn.to_q": 2}},
-    ],
-)
+SCALES = [
+    {"r": 4, "lora_alpha": 4},
+    {"r": 4, "lora_alpha": 6, "alpha_pattern": {"to_out.0": 2}},
+    {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    {"r": 4, "lora_alpha": 6, "rank_pattern": {"transformer_blocks.1.attn.to_q": 2}},
+]
+
+
+@pytest.mark.parametrize("options", SCALES)
 def test_we_load_what_diffusers_writes(tmp_path, options):
     model = with_random_adapters(target_modules=FLOW_GRPO_NAMES, **options)
     metadata = {"transformer_lora_adapter_metadata": model.peft_config["default"].to_dict()}
@@ -121,6 +124,81 @@ def test_we_load_what_diffusers_writes(tmp_path, options):
     diffusers.FluxPipeline.save_lora_weights(tmp_path, tensors, **metadata)
     lora = load_lora(tmp_path, 1.5, LAYOUT, base_params())
     assert_same(our_velocity(lora, 1.5), their_velocity(model))
+
+
+@pytest.mark.parametrize("options", SCALES)
+def test_we_load_what_a_transformer_of_diffusers_writes(tmp_path, options):
+    model = with_random_adapters(target_modules=FLOW_GRPO_NAMES, **options)
+    model.save_lora_adapter(tmp_path)
+    assert_same(our_velocity(load_lora(tmp_path, 1.5, LAYOUT, base_params()), 1.5), their_velocity(model))
+
+
+@pytest.mark.parametrize("options", SCALES)
+def test_we_load_what_peft_writes(tmp_path, options):
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=FLOW_GRPO_NAMES, **options)
+    model = peft.get_peft_model(published_model(CASE.config), config)
+    model.save_pretrained(tmp_path)
+    lora = load_lora(tmp_path, 1.5, LAYOUT, base_params())
+    assert_same(our_velocity(lora, 1.5), their_velocity(model.base_model.model))
+
+
+KOHYA_MODULES = {  # diffusers' conversion knows single blocks' linear1 at full size only
+    "double_blocks": ("img_attn_qkv", "txt_attn_qkv", "img_attn_proj", "txt_mlp_0", "img_mlp_2", "img_mod_lin"),
+    "single_blocks": ("linear2", "modulation_lin"),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+def test_we_load_what_diffusers_converts(tmp_path, prefix, apart):
+    """kohya's and ComfyUI's names; queries, keys and values joined in both ways."""
+    rng, tensors, original = np.random.default_rng(5), {}, flux_layout(CASE.config, "bfl")
+    shapes = published_shapes(original, base_params())
+    for name in (name.removesuffix(".weight") for name in shapes if name.endswith(".weight")):
+        stack, _, module = name.replace(".", "_").partition("_blocks_")
+        if module[2:] in KOHYA_MODULES.get(f"{stack}_blocks", ()):
+            outputs, inputs = shapes[f"{name}.weight"]
+            key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+            up = 0.1 * rng.standard_normal((outputs, 6)).astype(np.float32)
+            if apart and name.endswith("qkv"):
+                up *= np.kron(np.eye(3, dtype=np.float32), np.ones((outputs // 3, 2), np.float32))
+            down = 0.1 * rng.standard_normal((6, inputs)).astype(np.float32)
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            tensors[f"{key}.alpha"] = np.array(9 + len(tensors), np.float32)
+    assert len(tensors) == 3 * (2 * 6 + 3 * 2)
+    safetensors.numpy.save_file(tensors, tmp_path / FILE_NAME)
+    model = published_model(CASE.config)
+    plain = their_velocity(model).detach().numpy()
+    pipeline_around(model).load_lora_weights(tmp_path)
+    theirs = their_velocity(model)
+    assert np.abs(theirs.detach().numpy() - plain).max() > 0.05 * np.abs(plain).max()
+    lora = load_lora(tmp_path, 1.5, LAYOUT + original, base_params())
+    assert_same(our_velocity(lora, 1.5), theirs)
+    ranks = {name: p.shape[0] for name, p in model.named_parameters() if "to_q.lora_A" in name}
+    assert set(ranks.values()) == {lora["double_blocks"]["image_qkv"]["to_q"]["a"].shape[-1]} == {2 if apart else 6}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_joined_layer_of_single_blocks(tmp_path, apart):
+    """At full size, by diffusers' converted tensors."""
+    sizes = FluxConfig()
+    rng, layout = np.random.default_rng(5), flux_layout(sizes, "diffusers")
+    up = rng.standard_normal((7 * 3072, 8)).astype(np.float32)
+    if apart:
+        for number, rows in enumerate(np.split(up, [3072, 6144, 9216])):
+            rows[:, np.arange(8) // 2 != number] = 0
+    key = "lora_unet_single_blocks_37_linear1"
+    tensors = {
+        f"{key}.lora_down.weight": rng.standard_normal((8, 3072)).astype(np.float32),
+        f"{key}.lora_up.weight": up,
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / FILE_NAME)
+    lora = load_lora(tmp_path, 1.0, layout + flux_layout(sizes, "bfl"), transformer_shapes(sizes))
+    ours = export_lora(lora, 1.0, layout)
+    theirs = diffusers.FluxPipeline.lora_state_dict(tmp_path)
+    assert {name for name in ours if "_blocks.37." in name} == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
 
 
 def with_factors(tensors):

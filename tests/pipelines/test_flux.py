@@ -71,6 +71,18 @@ def test_what_is_trained_and_how_it_is_stored(base):
     assert (full.trainable, adapters.trainable) == ("^flow/", "^lora/")
 
 
+@pytest.mark.parametrize(
+    "module", ["transformer.transformer_blocks.1.attn.to_q", "lora_unet_double_blocks_1_img_attn_qkv"]
+)
+def test_adapters_are_found_by_either_name(base, tmp_path, module):
+    rows = 3 * 32 if "qkv" in module else 32
+    tensors = {f"{module}.lora_down.weight": np.ones((4, 32)), f"{module}.lora_up.weight": np.ones((rows, 4))}
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora = load(base, lora=LoraConfig(rank=2), lora_weights=str(tmp_path / "x.safetensors")).params["lora"]
+    assert lora["double_blocks"]["image_qkv"]["to_q"]["a"].shape == (2, 32, 4)  # the file's rank
+    assert len(lora["double_blocks"]["image_qkv"]) == rows // 32
+
+
 def test_bfloat16_stays_near_float32(base):
     images = sample(load(base, dtype="bfloat16"))
     assert np.abs(images - sample(load(base))).mean() < 0.02

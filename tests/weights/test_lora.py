@@ -1,7 +1,4 @@
-"""LoRA files: names and values stated by hand, there and back, and what is refused."""
-
-import functools
-import json
+"""LoRA files: names and values stated by hand, there and back."""
 
 import chex
 import jax
@@ -10,53 +7,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.models.flux import Flux, FluxConfig
-from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, init_lora, merge_lora
+from egrpo_jax.models.flux import FluxConfig
+from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, init_lora, merge_lora
 from egrpo_jax.weights.layout import export_tensors
-from egrpo_jax.weights.lora import FILE_NAME, METADATA_KEY, export_lora, load_lora, save_lora
+from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora
 from egrpo_jax.weights.published.flux import flux_layout
-
-SMALL = FluxConfig(
-    in_channels=4, num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=8, text_dim=6, pooled_dim=5,
-    axes_dims=(2, 2, 4),
-)  # fmt: skip
-LAYOUT = flux_layout(SMALL, "diffusers")
-TO_Q = "transformer_blocks.1.attn.to_q"
-
-
-@functools.cache
-def template(config=SMALL):
-    """Shapes of the parameter tree."""
-    arrays = (
-        jnp.zeros((1, 1, config.in_channels)), jnp.ones(1), jnp.zeros((1, 1, config.text_dim)),
-        jnp.zeros((1, config.pooled_dim)), jnp.ones(1),
-    )  # fmt: skip
-    return jax.eval_shape(lambda: Flux(config).init(jax.random.key(0), *arrays, grid=(1, 1)))["params"]
-
-
-def random_like(tree, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
-
-
-def random_lora(targets=("",), rank=3):
-    config = LoraConfig(rank=rank, targets=targets)
-    return random_like(jax.eval_shape(lambda: init_lora(jax.random.key(0), template(), config)))
-
-
-def adapter(module=TO_Q, inputs=16, outputs=16, rank=2, seed=0):
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((rank, inputs)), rng.standard_normal((outputs, rank))
-    names = (f"transformer.{module}.lora_A.weight", f"transformer.{module}.lora_B.weight")
-    return dict(zip(names, (a.astype(np.float32), b.astype(np.float32)), strict=True))
-
-
-def write(path, tensors, **metadata):
-    save_file(tensors, path, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    return path
+from tests.weights.tiny_lora import LAYOUT, TO_Q, adapter, delta, random_like, random_lora, template, write
 
 
 def test_a_published_file_by_name_shape_and_type(tmp_path):
@@ -123,32 +82,6 @@ def test_the_file_says_what_merged_weights_say(tmp_path):
     assert adapted == 2 * 14 + 3 * 6 + 10
 
 
-def delta(loaded, layer=1, path=("double_blocks", "image_qkv", "to_q")):
-    """What an adapter that is applied with scale 2 adds to the kernel."""
-    pair = loaded[path[0]][path[1]][path[2]]
-    return 2 * pair["a"][layer] @ pair["b"][layer]
-
-
-@pytest.mark.parametrize(
-    ("alpha", "metadata", "factor"),
-    [
-        (None, {}, 1),
-        (5.0, {}, 5 / 2),
-        (None, {"transformer.r": 2, "transformer.lora_alpha": 8}, 8 / 2),
-        (None, {"transformer.lora_alpha": 8, "transformer.use_rslora": True}, 8 / np.sqrt(2)),
-        (None, {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {r"blocks\.1\.attn\.to_q": 6}}, 8 / 2),
-        (None, {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {r"1\.attn\.to_q": 6, "to_q": 4}}, 6 / 2),
-    ],
-)
-def test_wherever_alpha_is_said(tmp_path, alpha, metadata, factor):
-    tensors = adapter()
-    a, b = (tensors[f"transformer.{TO_Q}.lora_{letter}.weight"] for letter in "AB")
-    if alpha is not None:
-        tensors[f"transformer.{TO_Q}.alpha"] = np.array(alpha, np.float32)
-    path = write(tmp_path / "x.safetensors", tensors, **({METADATA_KEY: metadata} if metadata else {}))
-    np.testing.assert_allclose(delta(load_lora(path, 2.0, LAYOUT, template())), factor * (b @ a).T, rtol=1e-5)
-
-
 def test_ranks_that_differ_and_layers_left_out(tmp_path):
     low, high = adapter(TO_Q, rank=2), adapter("transformer_blocks.0.attn.to_q", rank=4, seed=1)
     only = adapter("single_transformer_blocks.2.attn.to_v", seed=2)
@@ -174,45 +107,6 @@ def test_half_precision_files(tmp_path):
     chex.assert_trees_all_equal_dtypes(loaded, jax.tree.map(lambda leaf: leaf.astype(np.float32), loaded))
     a, b = (tensor.astype(np.float32) for tensor in halves.values())
     np.testing.assert_allclose(delta(loaded), (b @ a).T, rtol=1e-5, atol=1e-6)
-
-
-A, B = f"transformer.{TO_Q}.lora_A.weight", f"transformer.{TO_Q}.lora_B.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(A), rf"{TO_Q} has only lora_B\.weight"),
-        (lambda t: t.update({A: np.ones((3, 16), np.float32)}), r"lora_A \(3, 16\) and lora_B \(16, 2\)"),
-        (lambda t: t.update(adapter(TO_Q, inputs=12)), "maps 12 to 16, in the base model 16 to 16"),
-        (lambda t: t.update(adapter("transformer_blocks.7.attn.to_q")), r"blocks\.7\.attn\.to_q is no linear layer"),
-        (lambda t: t.update(adapter("transformer_blocks.1.attn.norm_q")), "norm_q is no linear layer"),
-        (lambda t: t.update({f"transformer.{TO_Q}.lora_magnitude_vector": np.ones(16, np.float32)}), "lora_magnitude"),
-        (lambda t: t.update({f"base_model.model.{TO_Q}.lora_A.weight": t.pop(A)}), "base_model.*not part of a LoRA"),
-    ],
-)
-def test_files_that_are_refused(tmp_path, change, message):
-    tensors = adapter()
-    change(tensors)
-    path = write(tmp_path / "x.safetensors", tensors)
-    with pytest.raises(UserError, match=rf"^{path}.*{message}") as error:
-        load_lora(path, 1.0, LAYOUT, template())
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["[1]", "{"])
-def test_metadata_that_is_refused(tmp_path, text):
-    path = tmp_path / "x.safetensors"
-    save_file(adapter(), path, metadata={METADATA_KEY: text})
-    with pytest.raises(UserError, match=r"metadata lora_adapter_metadata is .*expected a JSON object"):
-        load_lora(path, 1.0, LAYOUT, template())
-
-
-def test_alpha_said_twice_is_refused(tmp_path):
-    tensors = adapter() | {f"transformer.{TO_Q}.alpha": np.array(4.0, np.float32)}
-    path = write(tmp_path / "x.safetensors", tensors, **{METADATA_KEY: {"transformer.lora_alpha": 8}})
-    with pytest.raises(UserError, match="alphas both as tensors and in its metadata"):
-        load_lora(path, 1.0, LAYOUT, template())
 
 
 def test_a_file_that_is_not_there(tmp_path):

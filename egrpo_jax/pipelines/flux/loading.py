@@ -116,9 +116,8 @@ def load_adapters(options: FluxOptions, config: FluxConfig, template: Params) ->
 def _adapters(options: FluxOptions, lora: LoraConfig, config: FluxConfig) -> Callable[[], Params]:
     flow = transformer_shapes(config)
     if options.lora_weights is not None:
-        return functools.partial(
-            load_lora, options.lora_weights, lora.scale, flux.flux_layout(config, "diffusers"), flow
-        )
+        names = flux.flux_layout(config, "diffusers") + flux.flux_layout(config, "bfl")
+        return functools.partial(load_lora, options.lora_weights, lora.scale, names, flow)
     return lambda: init_lora(jax.random.key(0), flow, lora)  # a fixed key: B is zero, so every start is the base model
 
 

@@ -27,7 +27,7 @@ class FluxOptions:
         `convert --to orbax` wrote.
       embeddings: a folder that `encode` made; then no text encoder is loaded.
       lora: adapters to train; None trains all weights of the transformer.
-      lora_weights: start from the adapters in this file of diffusers instead of fresh ones.
+      lora_weights: start from the adapters in this file, with its layers and ranks, instead of fresh ones.
       dtype: what the models compute in.
       param_dtype: what the trained weights are stored in; weights that are not trained are stored in `dtype`.
       decode_dtype: what the VAE decoder computes and is stored in.
