@@ -8,18 +8,18 @@ once; a job that was interrupted goes on where it was, and prompts can be added 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from absl import flags
 
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
-from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines.flux.loading import pipeline_folder
-from egrpo_jax.pipelines.flux.text import FluxTextEncoder
+from egrpo_jax.pipelines import load_encoder
 from egrpo_jax.training.config import TrainConfig
 
 PROMPT_FILE = flags.DEFINE_multi_string(
@@ -33,20 +33,14 @@ SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file; 4 MiB e
 def main() -> None:
     """Encodes what is not there yet."""
     config = from_config_dict(TrainConfig, cli.CONFIG.value)
-    if config.model.name != "flux" or config.model.path is None:
-        raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
     prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
-    options, mesh = config.model.flux, make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        encoder = FluxTextEncoder(pipeline_folder(config.model.path, text=True), options.text_tokens, options.dtype)
-        made = write_embeddings(
-            OUT.value,
-            prompts,
-            lambda part: {name: np.asarray(array) for name, array in encoder(part)._asdict().items()},
-            encoder.settings,
-            BATCH.value,
-            SHARD_SIZE.value,
-        )
+    encoder = load_encoder(config.model)
+
+    def encode(part: Sequence[str]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(array) for name, array in encoder(part)._asdict().items()}
+
+    with jax.set_mesh(make_mesh(config.mesh)):
+        made = write_embeddings(OUT.value, prompts, encode, encoder.settings, BATCH.value, SHARD_SIZE.value)
     print(f"{made} prompts encoded, {len(set(prompts)) - made} were there already: {OUT.value}")
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from egrpo_jax import cli
 from egrpo_jax.cli.sampling import SCHEDULE, SEED, WORKDIR, chosen_sampling
-from egrpo_jax.common.atomic import atomic_write, new_folder
+from egrpo_jax.common.atomic import atomic_write, check_new_folder, new_folder
 from egrpo_jax.common.config import from_config_dict, to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
@@ -81,13 +81,6 @@ def load_models(
     return [base, tuned], made
 
 
-def check_out(out: Path) -> None:
-    """Finds out before hours of sampling, not after them, whether `out` can be written. Raises UserError."""
-    with new_folder(out):
-        pass
-    out.rmdir()
-
-
 def write(out: Path, table: str, record: dict[str, Any], prompts: Sequence[str], results: Results, judge: str) -> None:
     """Writes the folder."""
     with new_folder(out) as folder:
@@ -104,7 +97,7 @@ def main() -> None:
     workdir = None if WORKDIR.value is None else Path(WORKDIR.value)
     source = PROMPT_FILE.value or config.evaluation.prompts
     prompts, trained = read_prompts(source), protocol.trained_rewards(config.rewards.train, workdir)
-    check_out(out)
+    check_new_folder(out)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         judging = chosen_judging(config, trained, mesh)

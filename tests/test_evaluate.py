@@ -29,7 +29,6 @@ from egrpo_jax.evaluation.side_by_side import (
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
@@ -220,12 +219,10 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
         protocol.trained_rewards(config.rewards.train, tmp_path)
 
 
-@pytest.mark.parametrize("has_guidance", [True, False])
-def test_guidance_is_told_where_the_model_has_it(has_guidance):
-    config = ModelConfig(name="flux", path="org/model", flux=FluxOptions(guidance=4.5))
-    params = {"transformer": {"guidance_in" if has_guidance else "time_in": {"kernel": np.zeros(1)}}}
-    described = protocol.describe_model(config, SimpleNamespace(abstract_params=params))
-    assert described == {"name": "flux", "path": "org/model"} | ({"guidance": 4.5} if has_guidance else {})
+def test_a_model_is_described_by_what_it_has():
+    about = {"guidance": 4.5, "lora_weights": None}
+    described = protocol.describe_model(ModelConfig("flux", path="org/model"), SimpleNamespace(about=about))
+    assert described == {"name": "flux", "path": "org/model", "guidance": 4.5}
 
 
 def test_rewards_are_described_without_secrets():

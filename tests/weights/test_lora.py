@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
-from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, init_lora, merge_lora
+from egrpo_jax.models.lora import LoraConfig, init_lora, merge_lora
+from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO
 from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.lora import FILE_NAME, METADATA_KEY, export_lora, load_lora, save_lora
 from egrpo_jax.weights.published.flux import flux_layout
