@@ -24,7 +24,8 @@ import numpy as np
 
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.parallel.rules import FLUX_RULES, with_shardings
+from egrpo_jax.parallel.rules import with_shardings
+from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 from egrpo_jax.weights.export import export_folder
 from egrpo_jax.weights.files import open_tensors
 from egrpo_jax.weights.layout import published_shapes

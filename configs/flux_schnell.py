@@ -11,9 +11,8 @@ about 30 s an iteration on one accelerator of 989 TFLOP/s at 40 %. Neither has b
 
 import ml_collections
 
-from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -28,7 +27,7 @@ FLUX_SCHNELL = TrainConfig(
     model=ModelConfig(
         name="flux",
         path="black-forest-labs/FLUX.1-schnell",
-        flux=FluxOptions(height=512, width=512, text_tokens=256, lora=LoraConfig()),
+        flux=FluxOptions(height=512, width=512, text_tokens=256, lora=FLOW_GRPO),
     ),
     rewards=RewardsConfig(train=("hpsv2.1",), heldout=("clip_score", "pickscore")),
     plan=PlanConfig(num_steps=8, tail_strides=(2,)),

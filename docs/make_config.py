@@ -82,10 +82,12 @@ def summary(cls: type[Any]) -> str:
 
 
 def attributes(cls: type[Any]) -> dict[str, str]:
-    """The descriptions in the docstring's part `Attributes:` by the names of the fields; several may share one."""
+    """The descriptions in the docstring's part `Attributes:`, or that of the class it is derived from, by the names of
+    the fields; several may share one."""
     _, _, part = (inspect.getdoc(cls) or "").partition("Attributes:\n")
     entries = re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", part, flags=re.M)
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    own = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    return own if cls.__base__ is object else attributes(cls.__base__) | own
 
 
 def kind(hint: Any) -> str:

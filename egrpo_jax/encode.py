@@ -8,19 +8,19 @@ once; a job that was interrupted goes on where it was, and prompts can be added 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from absl import flags
 
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
-from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.lock import owned
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines.flux.loading import pipeline_folder
-from egrpo_jax.pipelines.flux.text import FluxTextEncoder
+from egrpo_jax.pipelines import load_encoder
 from egrpo_jax.training.config import TrainConfig
 
 FLAGS = flags.FlagValues()
@@ -42,20 +42,14 @@ SHARD_SIZE = flags.DEFINE_integer(
 def main() -> None:
     """Encodes what is not there yet."""
     config = from_config_dict(TrainConfig, CONFIG.value)
-    if config.model.name != "flux" or config.model.path is None:
-        raise ConfigError("model.name", config.model.name, "'flux', with the folder of the pipeline in model.path")
     prompts = [prompt for source in PROMPT_FILE.value for prompt in read_prompts(source)]
-    folder, options, mesh = pipeline_folder(config.model.path, text=True), config.model.flux, make_mesh(config.mesh)
-    with owned(OUT.value, "the folder of embeddings"), jax.set_mesh(mesh):
-        encoder = FluxTextEncoder(folder, options.text_tokens, options.dtype)
-        made = write_embeddings(
-            OUT.value,
-            prompts,
-            lambda part: {name: np.asarray(array) for name, array in encoder(part)._asdict().items()},
-            encoder.settings,
-            BATCH.value,
-            SHARD_SIZE.value,
-        )
+    encoder = load_encoder(config.model)
+
+    def encode(part: Sequence[str]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(array) for name, array in encoder(part)._asdict().items()}
+
+    with owned(OUT.value, "the folder of embeddings"), jax.set_mesh(make_mesh(config.mesh)):
+        made = write_embeddings(OUT.value, prompts, encode, encoder.settings, BATCH.value, SHARD_SIZE.value)
     print(f"{made} prompts encoded, {len(set(prompts)) - made} were there already: {OUT.value}")
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from egrpo_jax import cli
 from egrpo_jax.cli.model import ModelFlags
 from egrpo_jax.cli.sampling import LAST_SEED, SamplingFlags
-from egrpo_jax.common.atomic import atomic_write, new_folder
+from egrpo_jax.common.atomic import atomic_write, check_new_folder, new_folder
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
@@ -90,13 +90,6 @@ def load_models(
     return [base, tuned], made
 
 
-def check_out(out: Path) -> None:
-    """Finds out before hours of sampling, not after them, whether `out` can be written. Raises UserError."""
-    with new_folder(out):
-        pass
-    out.rmdir()
-
-
 def write(out: Path, table: str, record: dict[str, Any], prompts: Sequence[str], results: Results, judge: str) -> None:
     """Writes the folder."""
     with new_folder(out) as folder:
@@ -112,7 +105,7 @@ def main() -> None:
     config, workdir, out = MODEL.config(), MODEL.workdir, Path(OUT.value)
     source, prompts = SAMPLING.prompts(config.evaluation.prompts)
     trained = protocol.trained_rewards(config.rewards.train, workdir)
-    check_out(out)
+    check_new_folder(out)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         judging = chosen_judging(config, trained, mesh)

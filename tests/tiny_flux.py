@@ -10,12 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from egrpo_jax.models.clip import ClipText, ClipTextConfig, TransformerConfig
 from egrpo_jax.models.flux import FluxConfig
-from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
 from egrpo_jax.pipelines.flux.loading import transformer_shapes
-from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -83,7 +82,7 @@ def get_config(folder):
                     height=SIZE,
                     width=SIZE,
                     text_tokens=TEXT_TOKENS,
-                    lora=LoraConfig(rank=2, alpha=4.0) if lora else None,
+                    lora=FluxLora(rank=2, alpha=4.0) if lora else None,
                     dtype="float32",
                     decode_batch=3,
                 ),

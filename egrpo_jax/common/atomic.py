@@ -59,6 +59,13 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         ) from None
 
 
+def check_new_folder(target: str | os.PathLike[str]) -> None:
+    """Finds out before hours of work, not after them, whether `new_folder(target)` can succeed. Raises UserError."""
+    with new_folder(target):
+        pass
+    Path(target).rmdir()
+
+
 def _sync(folder: Path) -> None:
     """Until a folder is synchronised, a crash may lose the names in it."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,6 @@ import jax
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.plugins import load_attribute
-from egrpo_jax.common.trees import partition
 from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.evaluation import statistics as comparison
 from egrpo_jax.pipelines import ModelConfig, Pipeline
@@ -43,12 +42,8 @@ def describe_prompts(source: str, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_model(config: ModelConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """The weights of the base model, and its guidance scale where it has one as an input."""
-    described: dict[str, Any] = {"name": config.name, "path": config.path}
-    if config.name == "flux":
-        described |= {"transformer": config.flux.transformer, "lora_weights": config.flux.lora_weights}
-        if jax.tree.leaves(partition(pipeline.abstract_params, "guidance_in")[0]):
-            described["guidance"] = config.flux.guidance
+    """The weights of the base model, and what else its images depend on."""
+    described = {"name": config.name, "path": config.path, **pipeline.about}
     return {key: value for key, value in described.items() if value is not None}
 
 

@@ -26,34 +26,20 @@ Params = dict[str, Any]
 
 COLLECTION = "lora"
 
-FLOW_GRPO_TARGETS = (
-    r"double_blocks/(image|text)_qkv/to_[qkv]$",
-    r"double_blocks/(image|text)_out$",
-    r"double_blocks/(image|text)_ff/linear_[12]$",
-    r"single_blocks/qkv/to_[qkv]$",
-)
-"""Flow-GRPO, FLUX: its 12 published names end in `attn.to_q`, ..., which are names in the single blocks too."""
-DANCE_GRPO_TARGETS = (
-    r"double_blocks/image_qkv/to_[qkv]$",
-    r"double_blocks/image_out$",
-    r"single_blocks/qkv/to_[qkv]$",
-)
-"""DanceGRPO, FLUX: every layer whose published name ends in `to_q`, `to_k`, `to_v` or `to_out.0`."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers are adapted, and how; the defaults are Flow-GRPO's for FLUX.
+    """Which layers are adapted, and how.
 
     Attributes:
+      targets: regular expressions; a dense layer is adapted if one is found in its path, as `double_blocks/image_out`.
       rank: r, of each adapter.
       alpha: the adapter's output is multiplied by `alpha / rank`.
-      targets: regular expressions; a dense layer is adapted if one is found in its path, as `double_blocks/image_out`.
     """
 
+    targets: tuple[str, ...]
     rank: Annotated[int, Range(1, 100_000)] = 64
     alpha: Annotated[float, Range(1e-3, 10**6)] = 128.0
-    targets: tuple[str, ...] = FLOW_GRPO_TARGETS
 
     def __post_init__(self) -> None:
         check(self)
@@ -69,10 +55,6 @@ class LoraConfig:
     def scale(self) -> float:
         """What an adapter's output is multiplied by."""
         return self.alpha / self.rank
-
-
-FLOW_GRPO = LoraConfig()
-DANCE_GRPO = LoraConfig(rank=128, alpha=256.0, targets=DANCE_GRPO_TARGETS)
 
 
 def adapted_layers(params: Mapping[str, Any], targets: tuple[str, ...]) -> tuple[str, ...]:

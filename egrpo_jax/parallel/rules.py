@@ -15,20 +15,9 @@ Rules = tuple[tuple[str, PartitionSpec], ...]
 that fits counts; a parameter that no rule fits is replicated."""
 
 INTO_TENSOR = PartitionSpec("fsdp", "tensor")
+"""Of a kernel that reads the residual stream and writes what is split over `tensor`: heads, hidden units."""
 OUT_OF_TENSOR = PartitionSpec("tensor", "fsdp")
-
-FLUX_RULES: Rules = (
-    # Layers that read what is split over `tensor` (heads, hidden units) and write the residual stream.
-    (r"(^|/)flow/.*(image_out|text_out|out|(_ff|_in)/linear_2)/kernel$", OUT_OF_TENSOR),
-    (r"(^|/)t5/.*(out|mlp_out)/kernel$", OUT_OF_TENSOR),
-    (r"(^|/)(flow|t5)/.*/kernel$", INTO_TENSOR),
-    (r"(^|/)t5/tokens/embedding$", PartitionSpec("tensor", "fsdp")),
-    # Adapters split the axis that they share with the layer they adapt.
-    (r"(^|/)lora/.*/a$", PartitionSpec("fsdp", None)),
-    (r"(^|/)lora/.*/b$", PartitionSpec(None, "fsdp")),
-)
-"""For FLUX.1's transformer and T5; CLIP and the VAE, 0.2 B parameters, are replicated. The moments of the optimizer and
-averages lie as their parameters do."""
+"""Of a kernel that reads what is split over `tensor` and writes the residual stream."""
 
 
 def sharding(mesh: Mesh, rules: Rules, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import chex
 import jax
@@ -35,6 +36,7 @@ class Pipeline:
       forward_flops: floating-point operations of one sample's velocity, where known.
       sampling_shift: shift of the time grid on which the published model samples, where it has one of its own.
       known_prompts: all that `encode` takes; None if it takes any.
+      about: what else its images depend on, as JSON values, for the record of an evaluation.
     """
 
     velocity: VelocityFn
@@ -48,6 +50,7 @@ class Pipeline:
     forward_flops: float | None = None
     sampling_shift: float | None = None
     known_prompts: Container[str] | None = None
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not jax.tree.leaves(partition(self.abstract_params, self.trainable)[0]):
@@ -104,3 +107,58 @@ def _laid_out(path: str, wanted: jax.ShapeDtypeStruct, found: dict[str, Any]) ->
             f"{wanted.dtype}{list(wanted.shape)}"
         )
     return jax.device_put(array, wanted.sharding)
+
+
+class PromptEncoder(Protocol):
+    """Text encoders whose results are worth keeping; loaded at the first use, on the mesh that is set."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What determines the embeddings, as JSON values."""
+
+    def __call__(self, prompts: Sequence[str], /) -> Any:
+        """The conditioning of B prompts: a NamedTuple of arrays with leading axis B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What `convert` is to write.
+
+    Attributes:
+      out: the file or folder, a new one.
+      dtype: floating-point type of the weights in it.
+      copy: whether parts of the base that stay as they are become copies, not links.
+      of_run: whether the weights are those of a training run, not the base's own.
+    """
+
+    out: Path
+    dtype: str
+    copy: bool
+    of_run: bool
+
+
+Writer = Callable[[Any], None]
+"""Writes a pipeline's parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of published models, by the name that the config gives it in `model.name`.
+
+    Its functions take `model.path` and the options in the section of its name, None where it has none; they raise
+    `ConfigError` with keys of that section, and read no weights.
+
+    Attributes:
+      name: in the config.
+      pipeline: describes the model.
+      path: says of a required `model.path` what it must be; None where it may be left out.
+      encoder: text encoders by themselves, where embeddings can be stored.
+      exporters: by the form in which weights are given back; each checks what it can of an `Export` before it returns
+        what writes it.
+    """
+
+    name: str
+    pipeline: Callable[[Any, Any], Pipeline]
+    path: str | None = None
+    encoder: Callable[[Any, Any], PromptEncoder] | None = None
+    exporters: Mapping[str, Callable[[Any, Any, Export], Writer]] = dataclasses.field(default_factory=dict)

@@ -9,7 +9,7 @@ import chex
 
 from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
-from egrpo_jax.pipelines.base import Pipeline
+from egrpo_jax.pipelines.base import Family, Pipeline
 from egrpo_jax.text.emoji import LENGTH
 from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_asset, read_flow
@@ -33,3 +33,6 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
         latents_shape=(tokens, flow.config.in_channels),
         forward_flops=forward_flops(flow.config, tokens, LENGTH),
     )
+
+
+EMOJI = Family("emoji", lambda path, _: emoji_pipeline(path))

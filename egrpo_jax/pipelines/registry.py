@@ -1,23 +1,27 @@
-"""The pipeline that a config names."""
+"""The model families, and what programs ask of the one that a config names."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import field
+from typing import Any
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.plugins import load_attribute
-from egrpo_jax.pipelines.base import Pipeline
-from egrpo_jax.pipelines.emoji import emoji_pipeline
-from egrpo_jax.pipelines.flux.options import FluxOptions
-from egrpo_jax.pipelines.flux.spec import flux_pipeline
+from egrpo_jax.pipelines.base import Export, Family, Pipeline, PromptEncoder, Writer
+from egrpo_jax.pipelines.emoji import EMOJI
+from egrpo_jax.pipelines.flux import FLUX, FluxOptions
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (EMOJI, FLUX)}
+EXPORTS = sorted({form for family in FAMILIES.values() for form in family.exporters})
+"""All forms in which weights are given back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The config section `model`.
+    """The config section `model`; a family with options has a field of its name.
 
     Attributes:
       name: "emoji" for the embedded model, "flux" for FLUX.1, or "module:function" of your own; the function takes this
@@ -38,27 +42,56 @@ def load_pipeline(config: ModelConfig) -> Pipeline:
     Raises:
       UserError: it, or a file it needs, is not there.
     """
-    if config.name == "emoji":
-        return emoji_pipeline(config.path)
-    if config.name == "flux":
-        if config.path is None:
-            raise ConfigError("model.path", None, "the folder of a FLUX.1 pipeline, or its name on the Hub, org/name")
-        with _under("model.flux."):
-            return flux_pipeline(config.path, config.flux)
+    if config.name in FAMILIES:
+        family = FAMILIES[config.name]
+        with _arguments(config, family) as (path, options):
+            return family.pipeline(path, options)
     if ":" not in config.name:
-        raise ConfigError("model.name", config.name, "'emoji', 'flux', or module:function of your own")
+        raise ConfigError("model.name", config.name, f"{_names(FAMILIES)}, or module:function of your own")
     pipeline = load_attribute(config.name, "config.model.name")(config)
     if not isinstance(pipeline, Pipeline):
-        raise ConfigError(
-            "model.name", config.name, f"a function that returns a Pipeline, not {type(pipeline).__name__}"
-        )
+        expected = f"a function that returns a Pipeline, not {type(pipeline).__name__}"
+        raise ConfigError("model.name", config.name, expected)
     return pipeline
 
 
+def load_encoder(config: ModelConfig) -> PromptEncoder:
+    """The text encoders of the model that `config` names.
+
+    Raises:
+      UserError: it has none whose embeddings can be stored, or a file is not there.
+    """
+    able = {name: family.encoder for name, family in FAMILIES.items() if family.encoder is not None}
+    if config.name not in able:
+        raise ConfigError("model.name", config.name, f"{_names(able)}, whose embeddings can be stored")
+    with _arguments(config, FAMILIES[config.name]) as (path, options):
+        return able[config.name](path, options)
+
+
+def load_writer(config: ModelConfig, form: str, export: Export) -> Writer:
+    """The function that writes parameters of the model that `config` names in the form `form`, one of `EXPORTS`.
+
+    Raises:
+      UserError: the model is not given back in that form, or what `export` asks for cannot be done.
+    """
+    able = [name for name, family in FAMILIES.items() if form in family.exporters]
+    if config.name not in able:
+        raise ConfigError("model.name", config.name, f"{_names(able)}, to be written as {form}")
+    family = FAMILIES[config.name]
+    with _arguments(config, family) as (path, options):
+        return family.exporters[form](path, options, export)
+
+
 @contextlib.contextmanager
-def _under(section: str) -> Iterator[None]:
-    """Puts `section` before the key of a ConfigError: who reads a section does not know where it stands."""
+def _arguments(config: ModelConfig, family: Family) -> Iterator[tuple[str | None, Any]]:
+    """The path and options that a family's functions take; completes the keys of the ConfigErrors that they raise."""
+    if config.path is None and family.path is not None:
+        raise ConfigError("model.path", None, family.path)
     try:
-        yield
+        yield config.path, getattr(config, family.name, None)
     except ConfigError as error:
-        raise ConfigError(section + error.key, error.found, error.expected) from None
+        raise ConfigError(f"model.{family.name}.{error.key}", error.found, error.expected) from None
+
+
+def _names(families: Iterable[str]) -> str:
+    return ", ".join(map(repr, families))

@@ -9,14 +9,14 @@ from absl import flags
 from egrpo_jax.cli.model import ModelFlags, compare_weights, run_config
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux import FluxLora
 from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.run.workdir import claim_workdir
 from egrpo_jax.training.config import TrainConfig
 
-FLUX = FluxOptions(lora=LoraConfig(rank=4, alpha=8.0), embeddings="embeddings", decode_batch=2)
+FLUX = FluxOptions(lora=FluxLora(rank=4, alpha=8.0), embeddings="embeddings", decode_batch=2)
 RECORDED = TrainConfig(
     name="recorded", model=ModelConfig("flux", "base", FLUX), learner=LearnerConfig(ema_decay=0.9), seed=7
 )
@@ -51,8 +51,8 @@ def test_one_of_both_is_needed():
 @pytest.mark.parametrize(
     ("given", "key", "was", "now"),
     [
-        (with_flux(lora=LoraConfig(rank=4, alpha=80.0)), "model.flux.lora.alpha", "8.0", "80.0"),
-        (with_flux(lora=LoraConfig(rank=8, alpha=8.0)), "model.flux.lora.rank", "4", "8"),
+        (with_flux(lora=FluxLora(rank=4, alpha=80.0)), "model.flux.lora.alpha", "8.0", "80.0"),
+        (with_flux(lora=FluxLora(rank=8, alpha=8.0)), "model.flux.lora.rank", "4", "8"),
         (with_flux(truncate_time=True), "model.flux.truncate_time", "False", "True"),
         (dataclasses.replace(RECORDED, model=ModelConfig()), "model.name", "'flux'", "'emoji'"),
         (dataclasses.replace(RECORDED, learner=LearnerConfig()), "learner.ema_decay", "0.9", "None"),

@@ -4,14 +4,12 @@ import hashlib
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.evaluation import protocol
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
 from egrpo_jax.run.workdir import claim_workdir
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
@@ -38,12 +36,10 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
         protocol.trained_rewards(config.rewards.train, tmp_path)
 
 
-@pytest.mark.parametrize("has_guidance", [True, False])
-def test_guidance_is_told_where_the_model_has_it(has_guidance):
-    config = ModelConfig(name="flux", path="org/model", flux=FluxOptions(guidance=4.5))
-    params = {"transformer": {"guidance_in" if has_guidance else "time_in": {"kernel": np.zeros(1)}}}
-    described = protocol.describe_model(config, SimpleNamespace(abstract_params=params))
-    assert described == {"name": "flux", "path": "org/model"} | ({"guidance": 4.5} if has_guidance else {})
+def test_a_model_is_described_by_what_it_has():
+    about = {"guidance": 4.5, "lora_weights": None}
+    described = protocol.describe_model(ModelConfig("flux", path="org/model"), SimpleNamespace(about=about))
+    assert described == {"name": "flux", "path": "org/model", "guidance": 4.5}
 
 
 def test_rewards_are_described_without_secrets():

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-from egrpo_jax.pipelines.flux.files import transformer_shapes  # noqa: E402
-
 from egrpo_jax.models.flux import Flux, FluxConfig  # noqa: E402
-from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
+from egrpo_jax.models.lora import LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
+from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora  # noqa: E402
+from egrpo_jax.pipelines.flux.loading import transformer_shapes  # noqa: E402
 from egrpo_jax.weights.layout import import_tensors, published_shapes  # noqa: E402
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora  # noqa: E402
 from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
@@ -203,7 +203,7 @@ def test_the_joined_layer_of_single_blocks(tmp_path, apart):
 
 def with_factors(tensors):
     """Adapters of Flow-GRPO's layers with the A and B of `tensors`, without any scale in them."""
-    lora = random_lora(LoraConfig(rank=4))
+    lora = random_lora(FluxLora(rank=4))
     flat = flatten_dict(lora, sep="/")
     for e in LAYOUT:
         path, module = e.leaves[0].path.removesuffix("/kernel"), f"transformer.{e.name.removesuffix('.weight')}"

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from egrpo_jax.parallel.rules import FLUX_RULES, sharding, shardings
+from egrpo_jax.parallel.rules import sharding, shardings
+from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 
 MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
 

@@ -14,9 +14,9 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, Pipeline, load_pipeline
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import PlanConfig, make_plan
-from egrpo_jax.rl.update import init_state
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job, make_steps
+from egrpo_jax.training.state import abstract_state
 
 MESH = make_mesh(MeshConfig())
 
@@ -111,18 +111,13 @@ def test_nothing_to_train():
         made(trainable="^vae/")
 
 
-def abstract_state(config, trained):
-    optimizer = make_optimizer(config.optim)
-    return jax.eval_shape(lambda params: init_state(params, optimizer, config.learner), trained)
-
-
 def test_an_iteration_of_the_embedded_model_compiles_without_an_array():
     config = TrainConfig(prompts_per_iteration=2, plan=PlanConfig(num_steps=4, group_size=2))
     with Arrays() as arrays, jax.set_mesh(MESH):
         pipeline = load_pipeline(ModelConfig())
         params = pipeline.abstract(MESH)
-        trained, frozen = partition(params, pipeline.trainable)
-        job = Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim), frozen)
+        _, frozen = partition(params, pipeline.trainable)
+        job = Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim))
         steps = make_steps(job)
         text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pipeline.encode(["owl", "key"]))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
@@ -130,7 +125,7 @@ def test_an_iteration_of_the_embedded_model_compiles_without_an_array():
         transitions, latents = rollout.out_info
         decode = steps.decode.lower(params, jax.ShapeDtypeStruct((4, *pipeline.latents_shape), jnp.float32))
         advantage = jax.ShapeDtypeStruct(transitions.log_prob.shape, jnp.float32)
-        update = steps.update.lower(abstract_state(config, trained), frozen, transitions, advantage, text)
+        update = steps.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, text)
         assert latents.shape[-2:] == pipeline.latents_shape
         for lowered in (rollout, decode, update):
             assert lowered.compile().cost_analysis()

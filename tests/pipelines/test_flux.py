@@ -1,5 +1,6 @@
 """The FLUX.1 pipeline against diffusers' images, and everything that can be wrong with its folder."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from configs import flux_egrpo, flux_lora, flux_schnell
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
-from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.pipelines import ModelConfig, load_pipeline
-from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines import Export, ModelConfig, load_pipeline, load_writer
+from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora, FluxOptions
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.weights.lora import save_lora
 from egrpo_jax.weights.published.flux import flux_layout
@@ -66,7 +67,7 @@ def test_what_is_trained_and_how_it_is_stored(base):
     params = full.load(MESH)
     assert params["flow"]["final"]["kernel"].dtype == np.float32
     assert params["vae"].keys() == {"decoder"}
-    adapters = load(base, dtype="bfloat16", lora=LoraConfig(rank=2))
+    adapters = load(base, dtype="bfloat16", lora=FluxLora(rank=2))
     assert adapters.load(MESH)["flow"]["final"]["kernel"].dtype == jax.numpy.bfloat16
     assert (full.trainable, adapters.trainable) == ("^flow/", "^lora/")
 
@@ -78,7 +79,7 @@ def test_adapters_are_found_by_either_name(base, tmp_path, module):
     rows = 3 * 32 if "qkv" in module else 32
     tensors = {f"{module}.lora_down.weight": np.ones((4, 32)), f"{module}.lora_up.weight": np.ones((rows, 4))}
     save_file(tensors, tmp_path / "x.safetensors")
-    lora = load(base, lora=LoraConfig(rank=2), lora_weights=str(tmp_path / "x.safetensors")).params["lora"]
+    lora = load(base, lora=FluxLora(rank=2), lora_weights=str(tmp_path / "x.safetensors")).load(MESH)["lora"]
     assert lora["double_blocks"]["image_qkv"]["to_q"]["a"].shape == (2, 32, 4)  # the file's rank
     assert len(lora["double_blocks"]["image_qkv"]) == rows // 32
 
@@ -216,6 +217,7 @@ def test_things_that_are_not_there(base):
         (flux_egrpo.get_config(), {"hpsv2.1"}),
         (flux_egrpo.get_config("hps,clip"), {"hpsv2.1", "clip_score"}),
         (flux_lora.get_config(), {"hpsv2.1"}),
+        (flux_lora.get_config("dance_grpo"), {"hpsv2.1"}),
         (flux_schnell.get_config(), {"hpsv2.1"}),
     ],
 )
@@ -232,7 +234,7 @@ def test_unknown_rewards_of_the_paper():
         flux_egrpo.get_config("hps,x")
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("lora", [None, FluxLora(rank=2)])
 def test_parameters_are_held_once_and_as_promised(base, lora):
     pipeline = load(base, dtype="bfloat16", lora=lora)
     with Arrays() as arrays:
@@ -246,7 +248,7 @@ def test_a_description_needs_no_weights(broken):
     for file in broken.rglob("*.safetensors"):
         file.unlink()
     with Arrays() as arrays:
-        pipeline = load(broken, lora=LoraConfig(rank=2))
+        pipeline = load(broken, lora=FluxLora(rank=2))
     assert arrays.num_bytes == 0
     assert pipeline.abstract_params.keys() == {"flow", "vae", "lora"}
 
@@ -259,7 +261,7 @@ def test_what_a_run_has_trained_is_not_read_again(broken):
 
 
 def test_fresh_adapters_are_not_made_for_a_run_that_has_its_own(base, monkeypatch):
-    pipeline = load(base, lora=LoraConfig(rank=2))
+    pipeline = load(base, lora=FluxLora(rank=2))
     monkeypatch.setattr("egrpo_jax.pipelines.flux.loading.init_lora", None)
     frozen = pipeline.load_frozen(MESH)
     assert jax.tree.leaves(frozen["lora"]) == []
@@ -267,12 +269,12 @@ def test_fresh_adapters_are_not_made_for_a_run_that_has_its_own(base, monkeypatc
 
 
 def test_adapters_of_a_file_have_its_rank(base, tmp_path):
-    options = {"lora": LoraConfig(rank=2, targets=("image_out$",))}
+    options = {"lora": FluxLora(rank=2, targets=("image_out$",))}
     params = load(base, **options).load(MESH)
     ones = jax.tree.map(jax.numpy.ones_like, params["lora"])
     file = tmp_path / "adapters.safetensors"
     save_lora(file, ones, options["lora"].scale, flux_layout(tiny_flux.flux_config(), "diffusers"))
-    pipeline = load(base, lora=LoraConfig(rank=64, alpha=128.0), lora_weights=str(file))
+    pipeline = load(base, lora=FluxLora(rank=64, alpha=128.0), lora_weights=str(file))
     assert jax.tree.structure(pipeline.abstract_params["lora"]) == jax.tree.structure(ones)
     np.testing.assert_allclose(pipeline.load(MESH)["lora"]["double_blocks"]["image_out"]["a"], 1)
 
@@ -280,3 +282,58 @@ def test_adapters_of_a_file_have_its_rank(base, tmp_path):
 def test_text_encoders_need_a_mesh(base):
     with pytest.raises(ValueError, match="no mesh to load text encoders on"):
         load(base).encode(["a cat"])
+
+
+@pytest.mark.parametrize(("adapters", "expected"), [("flow_grpo", FLOW_GRPO), ("dance_grpo", DANCE_GRPO)])
+def test_the_adapters_of_a_config(adapters, expected):
+    assert from_config_dict(TrainConfig, flux_lora.get_config(adapters)).model.flux.lora == expected
+    with pytest.raises(ValueError, match=r"has the adapters \['dance_grpo', 'flow_grpo'\], found 'grpo'"):
+        flux_lora.get_config("grpo")
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_what_images_depend_on_is_recorded(tmp_path, guidance):
+    folder = tiny_flux.write_pipeline(tmp_path, guidance=guidance)
+    about = load(folder, guidance=4.5, transformer=str(folder / "transformer")).about
+    expected = {"transformer": str(folder / "transformer"), "lora_weights": None}
+    assert about == expected | ({"guidance": 4.5} if guidance else {})
+
+
+def test_embeddings_of_another_length_name_the_key(base, tmp_path):
+    arrays = {"text": np.zeros((1, 5, 24), "f"), "pooled": np.zeros((1, 20), "f")}
+    settings = {"text_tokens": 5, "text_dim": 24, "pooled_dim": 20}
+    write_embeddings(tmp_path, ["a cat"], lambda _: arrays, settings, 1, 1)
+    expected = r"config\.model\.flux\.embeddings: found .*'text_tokens': 12.*'text_tokens': 5"
+    with pytest.raises(ConfigError, match=expected):
+        load(base, embeddings=str(tmp_path))
+
+
+def export(out, **changes):
+    return Export(**{"out": out, "dtype": "float32", "copy": False, "of_run": True} | changes)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "pipeline", "orbax"])
+def test_a_folder_that_exists_comes_out_before_weights_are_read(broken, form):
+    (broken / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"vae exists; name a new folder"):
+        load_writer(ModelConfig("flux", str(broken), OPTIONS), form, export(broken / "vae"))
+    assert load_writer(ModelConfig("flux", str(broken), OPTIONS), form, export(broken / "new")) is not None
+    assert not (broken / "new").exists()
+
+
+def test_peft_needs_adapters_of_a_run(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.model\.flux\.lora: found None, expected adapters"):
+        load_writer(ModelConfig("flux", str(base), OPTIONS), "peft", export(tmp_path))
+    adapters = ModelConfig("flux", str(base), dataclasses.replace(OPTIONS, lora=FluxLora()))
+    with pytest.raises(UserError, match="peft is for the adapters of a training run"):
+        load_writer(adapters, "peft", export(tmp_path, of_run=False))
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_whole_pipeline_is_given_back(base, tmp_path, copy):
+    config = ModelConfig("flux", str(base), OPTIONS)
+    params = load(base).load(MESH)
+    load_writer(config, "pipeline", export(tmp_path / "out", copy=copy))(params)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()}
+    assert (tmp_path / "out" / "vae").is_symlink() != copy
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out").load(MESH), params)

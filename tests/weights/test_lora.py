@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
-from egrpo_jax.models.lora import DANCE_GRPO, FLOW_GRPO, init_lora, merge_lora
+from egrpo_jax.models.lora import init_lora, merge_lora
+from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO
 from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora
 from egrpo_jax.weights.published.flux import flux_layout

@@ -19,8 +19,9 @@ from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.lora import COLLECTION, LoraConfig, init_lora
 from egrpo_jax.models.t5 import T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
-from egrpo_jax.parallel.rules import FLUX_RULES, with_shardings
+from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_t5_tokenizer
 from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.files import open_tensors

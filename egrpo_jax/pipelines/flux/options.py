@@ -13,6 +13,31 @@ from egrpo_jax.models.lora import LoraConfig
 Dtype = Literal["bfloat16", "float32"]
 Pixels = Annotated[int, Range(16, 16_384, multiple_of=16)]
 
+FLOW_GRPO_TARGETS = (
+    r"double_blocks/(image|text)_qkv/to_[qkv]$",
+    r"double_blocks/(image|text)_out$",
+    r"double_blocks/(image|text)_ff/linear_[12]$",
+    r"single_blocks/qkv/to_[qkv]$",
+)
+"""Flow-GRPO, FLUX: its 12 published names end in `attn.to_q`, ..., which are names in the single blocks too."""
+DANCE_GRPO_TARGETS = (
+    r"double_blocks/image_qkv/to_[qkv]$",
+    r"double_blocks/image_out$",
+    r"single_blocks/qkv/to_[qkv]$",
+)
+"""DanceGRPO, FLUX: every layer whose published name ends in `to_q`, `to_k`, `to_v` or `to_out.0`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxLora(LoraConfig):
+    """The config section `model.flux.lora`; the defaults are Flow-GRPO's."""
+
+    targets: tuple[str, ...] = FLOW_GRPO_TARGETS
+
+
+FLOW_GRPO = FluxLora()
+DANCE_GRPO = FluxLora(DANCE_GRPO_TARGETS, rank=128, alpha=256.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class FluxOptions:
@@ -43,7 +68,7 @@ class FluxOptions:
     text_tokens: Annotated[int, Range(1, 100_000)] = 512
     transformer: str | None = None
     embeddings: str | None = None
-    lora: LoraConfig | None = None
+    lora: FluxLora | None = None
     lora_weights: str | None = None
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"

@@ -13,7 +13,6 @@ from egrpo_jax.data.embeddings import EmbeddingStore
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
-from egrpo_jax.parallel.rules import FLUX_RULES
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.flux.loading import (
     abstract_params,
@@ -24,6 +23,7 @@ from egrpo_jax.pipelines.flux.loading import (
     read_transformer_config,
 )
 from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 from egrpo_jax.pipelines.flux.text import FluxText, FluxTextEncoder
 
 
@@ -56,7 +56,13 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
         forward_flops=forward_flops(config, grid[0] * grid[1], options.text_tokens),
         sampling_shift=published_shift(folder / "scheduler", grid[0] * grid[1]),
         known_prompts=store,
+        about=_about(options, config),
     )
+
+
+def _about(options: FluxOptions, config: FluxConfig) -> dict[str, Any]:
+    guidance = {"guidance": options.guidance} if config.guidance_embed else {}
+    return {"transformer": options.transformer, "lora_weights": options.lora_weights} | guidance
 
 
 def token_grid(options: FluxOptions, vae: VaeConfig) -> tuple[int, int]:

@@ -10,7 +10,8 @@ import chex
 import jax
 import numpy as np
 
-from egrpo_jax.pipelines.flux.loading import TextModels, load_text_models
+from egrpo_jax.pipelines.flux.loading import TextModels, load_text_models, pipeline_folder
+from egrpo_jax.pipelines.flux.options import FluxOptions
 
 
 class FluxText(NamedTuple):
@@ -53,3 +54,8 @@ class FluxTextEncoder:
             self._t5 = jax.jit(lambda params, ids: models.t5.apply({"params": params}, ids))
             self._clip = jax.jit(lambda params, ids: models.clip.apply({"params": params}, ids))
         return self._models
+
+
+def flux_encoder(path: str, options: FluxOptions) -> FluxTextEncoder:
+    """The text encoders of the FLUX.1 pipeline in the folder `path`, or with that name on the Hub."""
+    return FluxTextEncoder(pipeline_folder(path, text=True), options.text_tokens, options.dtype)

@@ -1,0 +1,19 @@
+"""How the parameters of FLUX.1 are sharded."""
+
+from __future__ import annotations
+
+from jax.sharding import PartitionSpec
+
+from egrpo_jax.parallel.rules import INTO_TENSOR, OUT_OF_TENSOR, Rules
+
+FLUX_RULES: Rules = (
+    (r"(^|/)flow/.*(image_out|text_out|out|(_ff|_in)/linear_2)/kernel$", OUT_OF_TENSOR),
+    (r"(^|/)t5/.*(out|mlp_out)/kernel$", OUT_OF_TENSOR),
+    (r"(^|/)(flow|t5)/.*/kernel$", INTO_TENSOR),
+    (r"(^|/)t5/tokens/embedding$", PartitionSpec("tensor", "fsdp")),
+    # Adapters split the axis that they share with the layer they adapt.
+    (r"(^|/)lora/.*/a$", PartitionSpec("fsdp", None)),
+    (r"(^|/)lora/.*/b$", PartitionSpec(None, "fsdp")),
+)
+"""For FLUX.1's transformer and T5; CLIP and the VAE, 0.2 B parameters, are replicated. The moments of the optimizer and
+averages lie as their parameters do."""
