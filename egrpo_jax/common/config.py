@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, under
 
 T = TypeVar("T")
 
@@ -69,10 +69,8 @@ def from_config_dict(cls: type[T], config: ml_collections.ConfigDict | Mapping[s
             values[name] = _convert(hints[name], config[name], prefix + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(prefix + name, dataclasses.MISSING, _describe(hints[name]))
-    try:
+    with under(prefix):
         return cls(**values)
-    except ConfigError as error:  # from `__post_init__`, which does not know where it stands in the tree
-        raise ConfigError(prefix + error.key, error.found, error.expected) from None
 
 
 def _options(hint: Any) -> list[Any]:

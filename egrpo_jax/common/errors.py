@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -20,6 +22,15 @@ class ConfigError(UserError):
         shown = "nothing" if found is dataclasses.MISSING else repr(found)
         super().__init__(f"config.{key}: found {shown}, expected {expected}")
         self.key, self.found, self.expected = key, found, expected
+
+
+@contextlib.contextmanager
+def under(section: str) -> Iterator[None]:
+    """Puts `section` before the key of a ConfigError: who reads a section does not know where it stands in the tree."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(section + error.key, error.found, error.expected) from None
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import field
 from typing import Any
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, under
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.pipelines.base import Export, Family, Pipeline, PromptEncoder, Writer
 from egrpo_jax.pipelines.emoji import EMOJI
@@ -87,10 +87,8 @@ def _arguments(config: ModelConfig, family: Family) -> Iterator[tuple[str | None
     """The path and options that a family's functions take; completes the keys of the ConfigErrors that they raise."""
     if config.path is None and family.path is not None:
         raise ConfigError("model.path", None, family.path)
-    try:
+    with under(f"model.{family.name}."):
         yield config.path, getattr(config, family.name, None)
-    except ConfigError as error:
-        raise ConfigError(f"model.{family.name}.{error.key}", error.found, error.expected) from None
 
 
 def _names(families: Iterable[str]) -> str:

@@ -160,7 +160,7 @@ def aesthetic(scorers: ScorersConfig, mesh: Mesh) -> AestheticReward:
     """LAION's aesthetic predictor v2. Raises UserError: as `load_clip`, or its own file is missing or wrong."""
     path = scorers.aesthetic.path
     if path is None or not Path(path).is_file():
-        raise ConfigError("scorers.aesthetic.path", path, "the file sac+logos+ava1-l14-linearMSE.pth")
+        raise ConfigError("aesthetic.path", path, "the file sac+logos+ava1-l14-linearMSE.pth")
     clip = load_clip(scorers.aesthetic.clip, scorers.dtype, mesh)
     inputs = jax.ShapeDtypeStruct((1, clip.model.config.dim), jnp.float32)
     shapes = jax.eval_shape(_head().init, jax.random.key(0), inputs)["params"]

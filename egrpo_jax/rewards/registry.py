@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, under
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.base import Reward
@@ -43,10 +43,12 @@ def load_reward(name: str, scorers: ScorersConfig | None = None, mesh: Mesh | No
     """
     scorers, mesh = scorers or ScorersConfig(), mesh or make_mesh(MeshConfig())
     if name in BUILT_IN:
-        return CheckedReward(name, load_attribute(BUILT_IN[name], "reward")(scorers, mesh))
+        with under("scorers."):
+            return CheckedReward(name, load_attribute(BUILT_IN[name], "reward")(scorers, mesh))
     if name in scorers.remote:
         make = load_attribute("egrpo_jax.rewards.remote.client:remote", "reward")
-        return CheckedReward(name, make(name, scorers.remote[name]))
+        with under(f"scorers.remote.{name}."):
+            return CheckedReward(name, make(name, scorers.remote[name]))
     if ":" not in name:
         known = ", ".join([*BUILT_IN, *scorers.remote])
         raise UserError(

@@ -47,16 +47,13 @@ class Protocol(typing.Protocol):
 
 
 def remote(name: str, config: RemoteConfig) -> RemoteReward:
-    """The reward that the config's section `scorers.remote` has under `name`.
+    """The reward `name` that `config` describes.
 
     Raises:
       ConfigError: the key, template or patterns that it names are not there or wrong. Nothing is sent yet.
     """
-    try:
-        protocol = Chat(config) if config.protocol == "chat" else Scores(config.url, config.batch)
-        return RemoteReward(name, config, protocol)
-    except ConfigError as error:
-        raise ConfigError(f"scorers.remote.{name}.{error.key}", error.found, error.expected) from None
+    protocol = Chat(config) if config.protocol == "chat" else Scores(config.url, config.batch)
+    return RemoteReward(name, config, protocol)
 
 
 @dataclasses.dataclass

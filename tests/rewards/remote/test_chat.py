@@ -172,5 +172,5 @@ def test_a_wrong_question_is_named_before_anything_is_sent(changes, message, tmp
     (tmp_path / "own").write_text("How good is this {prompt}?")
     if "template" in changes and "{" in changes["template"]:
         changes = {"template": str(tmp_path / changes["template"].strip("{}"))}
-    with pytest.raises(ConfigError, match=rf"config\.scorers\.remote\.judge\.{message}"):
+    with pytest.raises(ConfigError, match=rf"config\.{message}"):
         remote("judge", make(**changes))
