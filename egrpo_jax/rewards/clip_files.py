@@ -60,7 +60,7 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     if not (folder / open_clip.FILE).is_file():
         return load_transformers_clip(path, dtype, mesh)
     published = read_object(folder / open_clip.FILE)
-    config = open_clip.config_from_open_clip(published.get("model_cfg") or {})
+    config = open_clip.config_from_open_clip(published.section("model_cfg"))
     preprocess = _preprocess_from_open_clip(published.get("preprocess_cfg") or {}, config.vision.image_size)
     files = open_weights(find_file(path, OPEN_CLIP_WEIGHTS))
     return _load(files, config, open_clip.open_clip_layout, dtype, mesh, preprocess, load_open_clip_tokenizer(folder))

@@ -14,7 +14,7 @@ from egrpo_jax.common.errors import UserError
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 ADDED = ("[DEC]", "[ENC]")
-"""What BLIP adds to the vocabulary; no text begins with them here, but one that names them gets their ids."""
+"""Tokens that BLIP adds to the vocabulary; no text begins with them here, but one that names them gets their ids."""
 
 
 class Tokens(NamedTuple):

@@ -28,7 +28,7 @@ Params = dict[str, Any]
 
 
 def asset_path(name: str) -> Path:
-    """Where the file `name` lies (or would lie) among the package's assets."""
+    """The place of the file `name` among the package's assets, whether it is there or not."""
     return Path(__file__).parent.parent / "assets" / name
 
 

@@ -18,7 +18,14 @@ from egrpo_jax.models.lora import COLLECTION, LoraConfig, apply_lora, init_lora
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
 from egrpo_jax.parallel.rules import FLUX_RULES
 from egrpo_jax.pipelines.base import Pipeline
-from egrpo_jax.pipelines.flux.files import load_decoder, load_transformer, pipeline_folder, published_shift
+from egrpo_jax.pipelines.flux.files import (
+    load_decoder,
+    load_transformer,
+    pipeline_folder,
+    published_shift,
+    read_transformer_config,
+)
+from egrpo_jax.pipelines.flux.parts import check_parts
 from egrpo_jax.pipelines.flux.text import FluxText, FluxTextEncoder
 from egrpo_jax.weights.lora import load_lora
 from egrpo_jax.weights.published.flux import flux_layout
@@ -87,6 +94,8 @@ def flux_pipeline(path: str, options: FluxOptions, mesh: Mesh) -> Pipeline:
       UserError: a file is missing, damaged, or of another model.
     """
     folder = pipeline_folder(path, text=options.embeddings is None)
+    sizes = read_transformer_config(folder / "transformer", options.transformer)
+    check_parts(folder, sizes, options.text_tokens if options.embeddings is None else None)
     trained_dtype = options.dtype if options.lora else options.param_dtype
     config, flow = load_transformer(folder / "transformer", options.transformer, trained_dtype, mesh)
     vae_config, decoder = load_decoder(folder / "vae", options.decode_dtype, mesh)
