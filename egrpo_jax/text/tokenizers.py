@@ -50,6 +50,7 @@ class PublishedTokenizer:
 CLIP_LENGTH = 77
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_EOS = "<pad>", "</s>"
+_BYTES_AND_ENDS = 2 * 256 + 2  # tokens of CLIP that no merge makes: bytes, within a word and at its end, start, end
 
 # Words as CLIP was trained on: English endings, letters together, digits one by one, the rest together.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -67,7 +68,8 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
     vocab, merges, whole = _clip_files(folder)
     if whole is not None:
         tokenizer = _read(lambda: Tokenizer.from_file(str(whole)), whole)
-        _check_ends(tokenizer, whole, _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS))
+        bos, eos = _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
+        _check_ends(tokenizer, whole, [bos], eos)
     else:
         tokenizer = _clip_from_merges(vocab, merges)
     return PublishedTokenizer(tokenizer, CLIP_LENGTH, CLIP_EOS)
@@ -116,10 +118,16 @@ def _clip_from_merges(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def _clip_merges(vocab: Path, merges: Path) -> models.BPE:
+    """CLIP's model, where each token that is no byte is made by a merge: a file cut off would give other tokens."""
     read = lambda: models.BPE.from_file(
         str(vocab), str(merges), unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>"
     )
-    return _read(read, vocab, merges)
+    model = _read(read, vocab, merges)
+    lines = [line for line in merges.read_text("utf-8").split("\n") if line.strip() and not line.startswith("#version")]
+    expected = Tokenizer(model).get_vocab_size() - _BYTES_AND_ENDS
+    if len(lines) < expected:
+        raise UserError(f"{merges} has {len(lines)} merges; must have {expected} for {vocab.name}; download it again")
+    return model
 
 
 def _split_words(tokenizer: Tokenizer, words: str) -> None:
@@ -147,7 +155,7 @@ def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> PublishedT
     tokenizer = _read(lambda: Tokenizer.from_file(str(path)), path)
     if (ids := _token_ids(tokenizer, path, T5_PAD, T5_EOS)) != [0, 1]:
         raise UserError(f"{path}: {T5_PAD} and {T5_EOS} are {ids}; a T5 tokenizer has [0, 1]")
-    _check_ends(tokenizer, path, [1])
+    _check_ends(tokenizer, path, [], 1)
     return PublishedTokenizer(tokenizer, length, T5_PAD)
 
 
@@ -167,12 +175,19 @@ def _token_ids(tokenizer: Tokenizer, path: Path, *tokens: str) -> list[int]:
     for token in tokens:
         if token not in vocabulary:
             raise UserError(f"{path} has no token {token}; is it the folder of another model's tokenizer?")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{path} has {len(vocabulary)} tokens, of which some share an id; download it again")
     return [vocabulary[token] for token in tokens]
 
 
-def _check_ends(tokenizer: Tokenizer, path: Path, ends: list[int]) -> None:
-    """Raises UserError unless the empty prompt is `ends`: a file need not say that they are added."""
+def _check_ends(tokenizer: Tokenizer, path: Path, first: list[int], last: int) -> None:
+    """Raises UserError unless prompts are between `first` and `last`: a file need not say that these are added."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if (found := tokenizer.encode("").ids) != ends:
-        raise UserError(f"{path} makes {found} of the empty prompt; must be {ends}, or give the model's own tokenizer")
+    for prompt in ("", "a"):
+        found = tokenizer.encode(prompt).ids
+        if found[: len(first)] != first or found[-1:] != [last] or (not prompt and len(found) != len(first) + 1):
+            raise UserError(
+                f"{path} makes {found} of the prompt {prompt!r}; must be {[*first, '...', last]}: "
+                "give the model's own tokenizer"
+            )

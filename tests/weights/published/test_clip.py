@@ -182,6 +182,21 @@ def test_clips_of_other_kinds_are_refused():
         config_from_transformers(Published({"vision_config": {"hidden_act": "relu"}}))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vision_config": {"patch_size": 300}}, "vision_config.patch_size is 300; must be at most image_size 224"),
+        ({"vision_config": {"num_attention_heads": 5}}, "vision_config.num_attention_heads is 5; must be a divisor of"),
+        ({"text_config": {"eos_token_id": [2]}}, r"text_config.eos_token_id is \[2\]; must be a token's id"),
+        ({"text_config": [1]}, r"text_config is \[1\]; must be an object"),
+        ({"projection_dim": "512"}, 'projection_dim is "512"; must be a positive integer'),
+    ],
+)
+def test_sizes_that_no_clip_has(config, message):
+    with pytest.raises(UserError, match=rf"^config\.json: {message}"):
+        config_from_transformers(Published(config))
+
+
 PUBLISHED_CONFIG = {
     "_name_or_path": "openai/clip-vit-large-patch14", "architectures": ["CLIPTextModel"], "attention_dropout": 0.0,
     "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": "quick_gelu", "hidden_size": 768,

@@ -92,3 +92,22 @@ def test_models_of_other_kinds_are_refused(change, message):
 def test_a_missing_part_is_named():
     with pytest.raises(UserError, match="text_cfg is missing; must be an object"):
         config_from_open_clip(Published({key: value for key, value in VIT_H_14.items() if key != "text_cfg"}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("vision_cfg", "head_width", 81, "a divisor of width 1280"),
+        ("vision_cfg", "layers", [3, 4, 6, 3], "a positive integer"),
+        ("vision_cfg", "patch_size", 225, "at most image_size 224"),
+        ("vision_cfg", "mlp_ratio", 1e300, "such that times width 1280 it is a size"),
+        ("text_cfg", "mlp_ratio", 1e-9, "such that times width 1024 it is a size"),
+        ("text_cfg", "heads", 3, "a divisor of width 1024"),
+        ("text_cfg", "vocab_size", None, "a positive integer"),
+    ],
+)
+def test_sizes_that_no_model_has(section, key, value, expected):
+    config = copy.deepcopy(VIT_H_14)
+    config[section][key] = value
+    with pytest.raises(UserError, match=rf"^x\.json: {section}\.{key} is .*; must be {expected}$"):
+        config_from_open_clip(Published(config, "x.json"))
