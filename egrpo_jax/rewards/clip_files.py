@@ -16,7 +16,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_open_clip_tokenizer
+from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
@@ -69,10 +69,12 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
 def load_transformers_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     """The `CLIPModel` in a folder, or the one of that name on the Hub; raises as `load_clip`."""
     folder = resolve(path, ["config.json", *TOKENIZER])
-    config = clip.config_from_transformers(read_config(folder, "CLIPModel"))
+    published = read_config(folder, "CLIPModel")
+    config = clip.config_from_transformers(published)
     preprocess = Preprocess(config.vision.image_size, odd_crop="floor")
-    files = open_weights(find_file(path, TRANSFORMERS_WEIGHTS))
-    return _load(files, config, clip.clip_layout, dtype, mesh, preprocess, load_clip_tokenizer(folder))
+    files, tokenize = open_weights(find_file(path, TRANSFORMERS_WEIGHTS)), load_clip_tokenizer(folder)
+    check_clip_ids(published.section("text_config"), config.text, tokenize)
+    return _load(files, config, clip.clip_layout, dtype, mesh, preprocess, tokenize)
 
 
 def load_hps(

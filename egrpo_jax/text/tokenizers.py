@@ -16,6 +16,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.clip import ClipTextConfig
+from egrpo_jax.weights.configs import Published
+from egrpo_jax.weights.published.clip import LEGACY_EOS_ID
 
 T = TypeVar("T")
 Tokenize = Callable[[Sequence[str]], np.ndarray]
@@ -157,6 +160,28 @@ def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> PublishedT
         raise UserError(f"{path}: {T5_PAD} and {T5_EOS} are {ids}; a T5 tokenizer has [0, 1]")
     _check_ends(tokenizer, path, [], 1)
     return PublishedTokenizer(tokenizer, length, T5_PAD)
+
+
+def check_vocabulary(published: Published, vocab_size: int, tokenizer: PublishedTokenizer) -> None:
+    """Raises UserError if `tokenizer` has ids beyond the model's: to look them up gives nan, and no error."""
+    if tokenizer.last_id >= vocab_size:
+        raise published.error("vocab_size", f"above {tokenizer.last_id}, the last id of its tokenizer")
+
+
+def check_clip_ids(published: Published, config: ClipTextConfig, tokenizer: PublishedTokenizer) -> None:
+    """Holds the text encoder that `published` describes, of sizes `config`, against its tokenizer.
+
+    Raises:
+      UserError: there are ids without an embedding, places without a position, or the pooled state would be that of
+        another token than the end's, and with it the same for all prompts.
+    """
+    check_vocabulary(published, config.vocab_size, tokenizer)
+    if config.length < tokenizer.length:
+        raise published.error("max_position_embeddings", f"at least {tokenizer.length}, the length of its sequences")
+    highest, end = tokenizer([""]).max(), tokenizer.pad_id
+    if (highest if config.eos_id is None else config.eos_id) != end:
+        highest_id = f", or {LEGACY_EOS_ID} for the highest id" if highest == end else ""
+        raise published.error("eos_token_id", f"{end}, with which its tokenizer ends prompts{highest_id}")
 
 
 def _read(read: Callable[[], T], *paths: Path) -> T:

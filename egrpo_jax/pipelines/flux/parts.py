@@ -9,8 +9,14 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ClipTextConfig
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.t5 import T5Config
-from egrpo_jax.text.tokenizers import PublishedTokenizer, load_clip_tokenizer, load_t5_tokenizer
-from egrpo_jax.weights.configs import Published, read_config
+from egrpo_jax.text.tokenizers import (
+    PublishedTokenizer,
+    check_clip_ids,
+    check_vocabulary,
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+)
+from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.published import clip, t5, vae
 from egrpo_jax.weights.published.scheduler import read_scheduler
 
@@ -67,9 +73,8 @@ def read_text_parts(folder: Path, text_tokens: int) -> TextParts:
         clip.text_config_from_transformers(published_clip),
         load_clip_tokenizer(folder / "tokenizer"),
     )
-    _check_vocabulary(published_t5, parts.t5_tokenizer, folder / "tokenizer_2")
-    _check_vocabulary(published_clip, parts.clip_tokenizer, folder / "tokenizer")
-    _check_clip(published_clip, parts.clip, parts.clip_tokenizer, folder / "tokenizer")
+    check_vocabulary(published_t5, parts.t5.vocab_size, parts.t5_tokenizer)
+    check_clip_ids(published_clip, parts.clip, parts.clip_tokenizer)
     return parts
 
 
@@ -84,23 +89,3 @@ def _check_vae(folder: Path, transformer: FluxConfig) -> None:
         )
     if config.stride != _STRIDE:
         raise published.error("block_out_channels", f"4 levels: a latent of FLUX.1 is {_STRIDE} x {_STRIDE} pixels")
-
-
-def _check_vocabulary(published: Published, tokenizer: PublishedTokenizer, folder: Path) -> None:
-    # The lookup of a token that is not there gives nan, and no error.
-    if tokenizer.last_id >= published["vocab_size"]:
-        raise published.error("vocab_size", f"above {tokenizer.last_id}, the last id of the tokenizer in {folder}")
-
-
-def _check_clip(published: Published, config: ClipTextConfig, tokenizer: PublishedTokenizer, folder: Path) -> None:
-    if config.length < tokenizer.length:
-        raise published.error("max_position_embeddings", f"at least {tokenizer.length}, the length of its sequences")
-    # The pooled state is that of the end token; elsewhere it would be the same for all prompts.
-    (empty,) = tokenizer([""])
-    pooled, end = empty.max() if config.eos_id is None else config.eos_id, tokenizer.pad_id
-    if pooled != end:
-        raise published.error(
-            "eos_token_id",
-            f"{end}, with which the tokenizer in {folder} ends prompts"
-            + (f", or {clip.LEGACY_EOS_ID} for the highest id" if empty.max() == end else ""),
-        )
