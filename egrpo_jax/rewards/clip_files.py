@@ -16,7 +16,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_open_clip_tokenizer
+from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
@@ -60,7 +60,7 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     if not (folder / open_clip.FILE).is_file():
         return load_transformers_clip(path, dtype, mesh)
     published = read_object(folder / open_clip.FILE)
-    config = open_clip.config_from_open_clip(published.get("model_cfg") or {})
+    config = open_clip.config_from_open_clip(published.section("model_cfg"))
     preprocess = _preprocess_from_open_clip(published.get("preprocess_cfg") or {}, config.vision.image_size)
     files = open_weights(find_file(path, OPEN_CLIP_WEIGHTS))
     return _load(files, config, open_clip.open_clip_layout, dtype, mesh, preprocess, load_open_clip_tokenizer(folder))
@@ -69,10 +69,12 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
 def load_transformers_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     """The `CLIPModel` in a folder, or the one of that name on the Hub; raises as `load_clip`."""
     folder = resolve(path, ["config.json", *TOKENIZER])
-    config = clip.config_from_transformers(read_config(folder, "CLIPModel"))
+    published = read_config(folder, "CLIPModel")
+    config = clip.config_from_transformers(published)
     preprocess = Preprocess(config.vision.image_size, odd_crop="floor")
-    files = open_weights(find_file(path, TRANSFORMERS_WEIGHTS))
-    return _load(files, config, clip.clip_layout, dtype, mesh, preprocess, load_clip_tokenizer(folder))
+    files, tokenize = open_weights(find_file(path, TRANSFORMERS_WEIGHTS)), load_clip_tokenizer(folder)
+    check_clip_ids(published.section("text_config"), config.text, tokenize)
+    return _load(files, config, clip.clip_layout, dtype, mesh, preprocess, tokenize)
 
 
 def load_hps(

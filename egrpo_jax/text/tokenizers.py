@@ -16,21 +16,51 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.clip import ClipTextConfig
+from egrpo_jax.weights.configs import Published
+from egrpo_jax.weights.published.clip import LEGACY_EOS_ID
 
 T = TypeVar("T")
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """Prompts to token ids, int32 `[B, L]`."""
 
+
+class PublishedTokenizer:
+    """Turns prompts into token ids, int32 `[B, length]`: cut, with the tokens for the ends kept, or padded at the end.
+
+    Attributes:
+      length: of every row.
+      last_id: the highest id that a prompt can be given.
+      pad_id: the id of padding.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, length: int, pad: str, prepare: Callable[[str], str] = lambda prompt: prompt
+    ) -> None:
+        """Sets `tokenizer` up; `pad` is a token of it, `prepare` changes prompts before it sees them."""
+        self.length, self.pad_id = length, tokenizer.token_to_id(pad)
+        self.last_id = max(tokenizer.get_vocab().values())
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(pad_id=self.pad_id, pad_token=pad, length=length)
+        self._tokenizer, self._prepare = tokenizer, prepare
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """The ids of `prompts`."""
+        encodings = self._tokenizer.encode_batch([self._prepare(prompt) for prompt in prompts])
+        return np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, self.length)
+
+
 CLIP_LENGTH = 77
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_EOS = "<pad>", "</s>"
+_BYTES_AND_ENDS = 2 * 256 + 2  # tokens of CLIP that no merge makes: bytes, within a word and at its end, start, end
 
 # Words as CLIP was trained on: English endings, letters together, digits one by one, the rest together.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}"
 
 
-def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
+def load_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
     """CLIP's byte-pair encoding, from `vocab.json` and `merges.txt`, or, without these, from `tokenizer.json`.
 
     Ids are int32 `[B, 77]`: a start token, at most 75 of the prompt, an end token, and more end tokens as padding.
@@ -41,13 +71,14 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
     vocab, merges, whole = _clip_files(folder)
     if whole is not None:
         tokenizer = _read(lambda: Tokenizer.from_file(str(whole)), whole)
-        _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
+        bos, eos = _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
+        _check_ends(tokenizer, whole, [bos], eos)
     else:
         tokenizer = _clip_from_merges(vocab, merges)
-    return _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
+    return PublishedTokenizer(tokenizer, CLIP_LENGTH, CLIP_EOS)
 
 
-def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
+def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
     """The same as `load_clip_tokenizer`, but of prompts mended first, as open_clip mends them.
 
     Broken encodings and curly quotes are replaced and HTML's entities resolved; and what is spelled like a special
@@ -64,8 +95,7 @@ def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> Tokenize:
         tokenizer = Tokenizer(_clip_merges(vocab, merges))
     _split_words(tokenizer, _WORDS)
     _add_ends(tokenizer, *_token_ids(tokenizer, whole or vocab, CLIP_BOS, CLIP_EOS))
-    tokenize = _of_fixed_length(tokenizer, CLIP_LENGTH, CLIP_EOS)
-    return lambda prompts: tokenize([_mend(prompt) for prompt in prompts])
+    return PublishedTokenizer(tokenizer, CLIP_LENGTH, CLIP_EOS, _mend)
 
 
 def _mend(prompt: str) -> str:
@@ -91,10 +121,16 @@ def _clip_from_merges(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def _clip_merges(vocab: Path, merges: Path) -> models.BPE:
+    """CLIP's model, where each token that is no byte is made by a merge: a file cut off would give other tokens."""
     read = lambda: models.BPE.from_file(
         str(vocab), str(merges), unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>"
     )
-    return _read(read, vocab, merges)
+    model = _read(read, vocab, merges)
+    lines = [line for line in merges.read_text("utf-8").split("\n") if line.strip() and not line.startswith("#version")]
+    expected = Tokenizer(model).get_vocab_size() - _BYTES_AND_ENDS
+    if len(lines) < expected:
+        raise UserError(f"{merges} has {len(lines)} merges; must have {expected} for {vocab.name}; download it again")
+    return model
 
 
 def _split_words(tokenizer: Tokenizer, words: str) -> None:
@@ -109,7 +145,7 @@ def _add_ends(tokenizer: Tokenizer, bos: int, eos: int) -> None:
     )
 
 
-def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> Tokenize:
+def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> PublishedTokenizer:
     """T5's unigram model, from `tokenizer.json`.
 
     Ids are int32 `[B, length]`: at most `length - 1` of the prompt, the end token 1, and padding with 0. FLUX.1-dev was
@@ -120,13 +156,32 @@ def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> Tokenize:
     """
     path = Path(folder, "tokenizer.json")
     tokenizer = _read(lambda: Tokenizer.from_file(str(path)), path)
-    ids = _token_ids(tokenizer, path, T5_PAD, T5_EOS)
-    if ids != [0, 1] or tokenizer.encode("").ids != [1]:
-        raise UserError(
-            f"{path}: {T5_PAD} and {T5_EOS} are {ids}, and the empty prompt is {tokenizer.encode('').ids}; "
-            "a T5 tokenizer has [0, 1] and [1]"
-        )
-    return _of_fixed_length(tokenizer, length, T5_PAD)
+    if (ids := _token_ids(tokenizer, path, T5_PAD, T5_EOS)) != [0, 1]:
+        raise UserError(f"{path}: {T5_PAD} and {T5_EOS} are {ids}; a T5 tokenizer has [0, 1]")
+    _check_ends(tokenizer, path, [], 1)
+    return PublishedTokenizer(tokenizer, length, T5_PAD)
+
+
+def check_vocabulary(published: Published, vocab_size: int, tokenizer: PublishedTokenizer) -> None:
+    """Raises UserError if `tokenizer` has ids beyond the model's: to look them up gives nan, and no error."""
+    if tokenizer.last_id >= vocab_size:
+        raise published.error("vocab_size", f"above {tokenizer.last_id}, the last id of its tokenizer")
+
+
+def check_clip_ids(published: Published, config: ClipTextConfig, tokenizer: PublishedTokenizer) -> None:
+    """Holds the text encoder that `published` describes, of sizes `config`, against its tokenizer.
+
+    Raises:
+      UserError: there are ids without an embedding, places without a position, or the pooled state would be that of
+        another token than the end's, and with it the same for all prompts.
+    """
+    check_vocabulary(published, config.vocab_size, tokenizer)
+    if config.length < tokenizer.length:
+        raise published.error("max_position_embeddings", f"at least {tokenizer.length}, the length of its sequences")
+    highest, end = tokenizer([""]).max(), tokenizer.pad_id
+    if (highest if config.eos_id is None else config.eos_id) != end:
+        highest_id = f", or {LEGACY_EOS_ID} for the highest id" if highest == end else ""
+        raise published.error("eos_token_id", f"{end}, with which its tokenizer ends prompts{highest_id}")
 
 
 def _read(read: Callable[[], T], *paths: Path) -> T:
@@ -145,16 +200,19 @@ def _token_ids(tokenizer: Tokenizer, path: Path, *tokens: str) -> list[int]:
     for token in tokens:
         if token not in vocabulary:
             raise UserError(f"{path} has no token {token}; is it the folder of another model's tokenizer?")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{path} has {len(vocabulary)} tokens, of which some share an id; download it again")
     return [vocabulary[token] for token in tokens]
 
 
-def _of_fixed_length(tokenizer: Tokenizer, length: int, pad: str) -> Tokenize:
-    """Ids of `length` tokens: cut, keeping what the tokenizer adds at the ends, or padded at the end with `pad`."""
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad, length=length)
-
-    def tokenize(prompts: Sequence[str]) -> np.ndarray:
-        encodings = tokenizer.encode_batch(list(prompts))
-        return np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, length)
-
-    return tokenize
+def _check_ends(tokenizer: Tokenizer, path: Path, first: list[int], last: int) -> None:
+    """Raises UserError unless prompts are between `first` and `last`: a file need not say that these are added."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for prompt in ("", "a"):
+        found = tokenizer.encode(prompt).ids
+        if found[: len(first)] != first or found[-1:] != [last] or (not prompt and len(found) != len(first) + 1):
+            raise UserError(
+                f"{path} makes {found} of the prompt {prompt!r}; must be {[*first, '...', last]}: "
+                "give the model's own tokenizer"
+            )

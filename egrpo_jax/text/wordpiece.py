@@ -14,7 +14,7 @@ from egrpo_jax.common.errors import UserError
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 ADDED = ("[DEC]", "[ENC]")
-"""What BLIP adds to the vocabulary; no text begins with them here, but one that names them gets their ids."""
+"""Tokens that BLIP adds to the vocabulary; no text begins with them here, but one that names them gets their ids."""
 
 
 class Tokens(NamedTuple):
@@ -63,7 +63,9 @@ def _read(path: Path, size: int) -> dict[str, int]:
         raise UserError(f"cannot read {path} ({error}); download it again") from None
     vocabulary = {line: number for number, line in enumerate(lines)}
     absent = [token for token in (PAD, UNKNOWN, START, END, MASK) if token not in vocabulary]
-    if len(lines) != size or absent:
+    if len(vocabulary) != size or absent:
         lacks = f" and lacks {', '.join(absent)}" if absent else ""
-        raise UserError(f"{path} has {len(lines)} tokens{lacks}; give the vocab.txt of bert-base-uncased, with {size}")
+        raise UserError(
+            f"{path} has {len(vocabulary)} tokens{lacks}; give the vocab.txt of bert-base-uncased, with {size}"
+        )
     return vocabulary

@@ -6,11 +6,12 @@ model's config and the licence, JSON-encoded key by key, so that a file explains
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, first_line
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from egrpo_jax.models.towers import Tower, TowerConfig
@@ -29,7 +30,7 @@ Params = dict[str, Any]
 
 
 def asset_path(name: str) -> Path:
-    """Where the file `name` lies (or would lie) among the package's assets."""
+    """The place of the file `name` among the package's assets, whether it is there or not."""
     return Path(__file__).parent.parent / "assets" / name
 
 
@@ -79,27 +80,40 @@ def _read(path: str | os.PathLike[str], leaf: Callable[[Any, str], Any]) -> tupl
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {_REMEDY}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable asset ({error}); {_REMEDY}") from None
+        raise UserError(f"{path} is no readable asset ({first_line(error)}); {_REMEDY}") from None
     return unflatten_dict(flat, sep="/"), metadata
 
 
 _REMEDY = "reinstall egrpo_jax, or make it with python -m egrpo_jax.pretrain"
 
 
-def _load(name: str, folder: str | os.PathLike[str] | None) -> tuple[Params, dict[str, Any]]:
-    return load_asset(asset_path(name) if folder is None else Path(folder) / name)
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Raises UserError in place of whatever comes of metadata that are not those of a `kind`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a {kind} ({first_line(error)}); {_REMEDY}") from None
 
 
 def load_text_encoder(folder: str | os.PathLike[str] | None = None) -> tuple[TextEncoder, Params]:
     """The embedded text encoder and its parameters, from `folder` or the package's assets."""
-    params, metadata = _load("text_encoder.safetensors", folder)
-    return TextEncoder(TextEncoderConfig(**metadata["config"])), params
+    path = _path("text_encoder.safetensors", folder)
+    params, metadata = load_asset(path)
+    with _explained(path, "text encoder"):
+        return TextEncoder(TextEncoderConfig(**metadata["config"])), params
 
 
 def load_tower(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[Tower, Params]:
     """An embedded tower, `reward`, `judge` or `weak`, and its parameters."""
-    params, metadata = _load(f"{name}.safetensors", folder)
-    return Tower(TowerConfig(**metadata["config"])), params
+    path = _path(f"{name}.safetensors", folder)
+    params, metadata = load_asset(path)
+    with _explained(path, "tower"):
+        return Tower(TowerConfig(**metadata["config"])), params
+
+
+def _path(file: str, folder: str | os.PathLike[str] | None) -> Path:
+    return asset_path(file) if folder is None else Path(folder) / file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,5 +136,6 @@ def read_flow(path: str | os.PathLike[str] | None = None) -> FlowAsset:
     """
     file = asset_path("flow.safetensors") if path is None else Path(path)
     params, metadata = read_header(file)
-    config = dict(metadata["config"], axes_dims=tuple(metadata["config"]["axes_dims"]))
-    return FlowAsset(file, FluxConfig(**config), params, metadata["patch"], tuple(metadata["grid"]))
+    with _explained(file, "flow model"):
+        config = dict(metadata["config"], axes_dims=tuple(metadata["config"]["axes_dims"]))
+        return FlowAsset(file, FluxConfig(**config), params, metadata["patch"], tuple(metadata["grid"]))

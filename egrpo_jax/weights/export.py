@@ -1,6 +1,7 @@
 """Weights as diffusers and transformers keep them: a folder with config.json and safetensors, sharded where large.
 
-The folder appears whole under its name or not at all, and the host holds one tensor at a time.
+The folder appears whole under its name or not at all, and the host holds one tensor at a time. That is why files are
+written here: the library's `save_file` takes all tensors of a file at once, 10 GB of them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Published safetensors, looked at without being read: one file, or the shards that an index names.
+"""Published safetensors, looked at without being read: one file, or shards, with an index or without.
 
 A tensor comes as a view of the file, mapped into memory: transposing it or taking a slice reads nothing, using the
-slice reads that slice, and the pages are given back with the view. The format is eight bytes with the length of a JSON
-header, the header, which gives type, shape and place of every tensor, and the tensors:
-https://huggingface.co/docs/safetensors.
+slice reads that slice, and the pages are given back with the view. The library (https://huggingface.co/docs/safetensors)
+reads and checks the header; tensors it would copy whole, and it has no NumPy types for 8-bit floats.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, first_line
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -41,18 +41,21 @@ DTYPES: Mapping[str, np.dtype] = {
 """Types by their names in safetensors."""
 
 STEMS = ("diffusion_pytorch_model", "model")
-"""How diffusers and transformers call the weights in a folder."""
+"""Names of the weights in a folder of diffusers or transformers."""
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""What some community files put before every name."""
+"""Prefixes that some community files put before every name of a transformer."""
 
-_MAX_HEADER = 100_000_000  # bytes; a limit of the format
+BESIDE = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""Prefixes of other models in a community file that holds a transformer too."""
+
 LFS_POINTER = b"version https://git-lfs"
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` in bytes from the beginning of `file`."""
+    """The place of a tensor: `offset` in bytes from the beginning of `file`."""
 
     file: Path
     dtype: np.dtype
@@ -89,91 +92,112 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFiles:
-    """The tensors at `path`: a safetensors file, an index of shards, or a folder with one of them.
+    """The tensors at `path`: a safetensors file, an index of shards, or a folder with one of them, or with all shards.
 
-    A prefix of `PREFIXES` that all names have is taken off.
+    A prefix of `PREFIXES` that all names have is taken off; other models in the same file, those under `BESIDE`, are
+    left out.
 
     Raises:
       UserError: nothing there, several files to choose from, a shard missing, a file damaged or of another format.
     """
     path = Path(path)
-    file = _weights_in(path) if path.is_dir() else path
-    files = TensorFiles(path, _read_index(file) if file.suffix == ".json" else _read_header(file))
+    files = TensorFiles(path, _read_folder(path) if path.is_dir() else _read_file(path))
     for prefix in PREFIXES:
-        if files and all(name.startswith(prefix) for name in files):
-            return files.under(prefix)
+        transformer = files.under(prefix)
+        if transformer and all(name.startswith((prefix, *BESIDE)) for name in files):
+            return transformer
     return files
 
 
-def _weights_in(folder: Path) -> Path:
+def _read_folder(folder: Path) -> dict[str, StoredTensor]:
     for stem in STEMS:
         for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
             if (folder / name).is_file():
-                return folder / name
+                return _read_file(folder / name)
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return folder / found[0]
-    if found:
-        raise UserError(f"{folder} holds {shorten(found)}; name one of them")
-    stems = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-    raise UserError(f"{folder} has no {stems}; give the folder of a published model, or a safetensors file")
+    if not found:
+        stems = " or ".join(f"{stem}.safetensors" for stem in STEMS)
+        raise UserError(f"{folder} has no {stems}; give the folder of a published model, or a safetensors file")
+    sets = {match.groups() for match in map(_SHARD.fullmatch, found) if match}
+    if len(found) == 1 and not sets:
+        return _read_file(folder / found[0])
+    if len(sets) == 1 and all(map(_SHARD.fullmatch, found)):
+        return _read_all_shards(folder, *sets.pop())
+    remedy = "leave those of one model there" if sets else "name one of them"
+    raise UserError(f"{folder} holds {shorten(found)}; {remedy}")
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    return _read_index(path) if path.suffix == ".json" else _read_header(path)
+
+
+def _read_all_shards(folder: Path, stem: str, total: str) -> dict[str, StoredTensor]:
+    """All tensors of a model in shards without an index."""
+    shards = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    merged: dict[str, StoredTensor] = {}
+    for shard, header in _read_shards(folder, shards, f"of which there are {int(total)}").items():
+        for name in header.keys() & merged.keys():
+            raise UserError(f"{folder} has {name} both in {merged[name].file.name} and in {shard}; download it again")
+        merged |= header
+    return merged
 
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
     """All tensors that an index names, from the headers of its shards."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted({os.fspath(shard) for shard in weight_map.values()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{index} is not an index of safetensors: it needs a weight_map, from names to files") from None
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if absent:
-        raise UserError(f"{index.parent} lacks {shorten(absent)}, named in {index.name}; download the folder again")
-    headers = {shard: _read_header(index.parent / shard) for shard in shards}
+    headers = _read_shards(index.parent, shards, f"named in {index.name}")
     lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if lost:
         raise UserError(f"{index} promises {shorten(lost)}, not in the files it names; download the folder again")
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
+def _read_shards(folder: Path, shards: Sequence[str], known_from: str) -> dict[str, dict[str, StoredTensor]]:
+    """The header of each shard, all of which must be there."""
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise UserError(f"{folder} lacks {shorten(absent)}, {known_from}; download the folder again")
+    return {shard: _read_header(folder / shard) for shard in shards}
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of one file lies, checked against the size of the file."""
+    """The places of all tensors in one file. They follow one another without gaps, which the library has checked."""
+    stored: dict[str, StoredTensor] = {}
+    offset = _data_start(path)
+    for name, type_name, shape in _described(path):
+        if type_name not in DTYPES:
+            raise UserError(f"{path}: {name} is of type {type_name}; must be one of {', '.join(DTYPES)}")
+        stored[name] = StoredTensor(path, DTYPES[type_name], shape, offset)
+        offset += math.prod(shape) * DTYPES[type_name].itemsize
+    return stored
+
+
+def _data_start(path: Path) -> int:
+    """The byte at which the tensors begin: after the header and, before it, its length in eight."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
-            header_size = int.from_bytes(start[:8], "little")
-            file.seek(8)
-            header = file.read(header_size) if header_size <= _MAX_HEADER else b""
-        file_size = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if start == LFS_POINTER:
         raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
-    if header and len(header) < header_size:
-        raise UserError(f"{path} is cut off: {file_size} bytes, too few for its header; download it again")
+    return 8 + int.from_bytes(start[:8], "little")
+
+
+def _described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of each tensor, in the order in which they lie in the file."""
     try:
-        tensors: dict[str, Any] = json.loads(header)
-        tensors.pop("__metadata__", None)
-        stored = {name: _stored(path, name, fields, 8 + header_size) for name, fields in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or damaged; give one, or download it again") from None
-    promised = max((t.offset + math.prod(t.shape) * t.dtype.itemsize for t in stored.values()), default=8 + header_size)
-    if promised != file_size:
+        with safe_open(path, "numpy") as file:
+            views = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            return [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views]
+    except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is damaged: its header promises {promised} bytes, it has {file_size}; download it again"
-        )
-    return stored
-
-
-def _stored(path: Path, name: str, fields: Mapping[str, Any], data_start: int) -> StoredTensor:
-    """Raises ValueError, TypeError or KeyError for what no safetensors header says."""
-    if fields["dtype"] not in DTYPES:
-        raise UserError(f"{path}: {name} is of type {fields['dtype']}; must be one of {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"])
-    begin, end = fields["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{shape} of {dtype} in {end - begin} bytes")
-    return StoredTensor(path, dtype, shape, data_start + begin)
+            f"{path} is damaged: {first_line(error)}; give a safetensors file, or download it again"
+        ) from None
 
 
 def shorten(names: list[str], most: int = 8) -> str:

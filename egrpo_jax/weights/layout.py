@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How an array is kept in a file, and here: two functions, each the other's inverse."""
+    """The forms of an array in a file and here: two functions, each the other's inverse."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_published: Callable[[np.ndarray], np.ndarray]
@@ -115,7 +115,7 @@ def split_tensor(entry: Entry, tensor: np.ndarray, rows: Iterable[int]) -> Itera
 
 
 def leaf_rows(entry: Entry, params: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many rows of the tensor belong to each leaf; 0 for a scalar."""
+    """The number of rows of the tensor that belong to each leaf; 0 for a scalar."""
     flat = flatten_dict(params, sep="/")
     return tuple((*_published_shape(entry.form, leaf, flat), 0)[0] for leaf in entry.leaves)
 

@@ -94,7 +94,7 @@ def _once_each(read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]
 
 
 def _layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
-    """How one layer of a stack is laid out that is laid out as `sharding`."""
+    """The layout of one layer of a stack that is laid out as `sharding`."""
     return sharding if sharding is None else sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
 
 

@@ -3,7 +3,8 @@
 `torch.save` writes a zip archive, not compressed: `<root>/data.pkl`, a pickle of the state dict in which a tensor names
 its storage, shape and strides, and `<root>/data/<number>`, the bytes of each storage. A pickle is a program that may
 call anything; this one may name the few things of which a state dict is made, and they are stand-ins that only note
-what they are given. Tensors come as views of the file, as those of safetensors do.
+what they are given. Tensors come as views of the file, as those of safetensors do. PyTorch's own reader that refuses
+code (`weights_only`) would make PyTorch a dependency.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ _ALLOWED = {
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     **{("torch", name): name for name in STORAGES},
 }
-"""What a pickle may name; all of it immutable, for a pickle can also set attributes (BUILD)."""
+"""All that a pickle may name, all of it immutable, for a pickle can also set attributes (BUILD)."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -181,7 +182,7 @@ def _read(path: Path, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, na
 
 
 def _place(path: Path, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, name: str) -> tuple[int, int]:
-    """Where the bytes of the record `name` begin and end in the file."""
+    """The bytes of the file, from and to, at which the record `name` lies."""
     if name not in records:
         raise UserError(f"{path} is damaged: it lacks {name}; download it again")
     record = records[name]
@@ -245,7 +246,7 @@ def _stored(path: Path, name: str, tensor: _Tensor, begin: int, end: int) -> Sto
 
 
 def _contiguous(tensor: _Tensor) -> bool:
-    """Whether elements follow one another row by row; the stride of an axis of length 1 does not matter."""
+    """True if elements follow one another row by row; the stride of an axis of length 1 does not matter."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if size != 1 and stride != expected:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.published.clip import config_from_transformers
 from tests.oracle.open_clip import tensors, vocab_size
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def config(self):
-        return config_from_transformers(self.published)
+        return config_from_transformers(Published(self.published))
 
 
 def tower(width, layers, heads, mlp, **others):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.published.open_clip import config_from_open_clip
 from tests.oracle.random_weights import random_tensors
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
@@ -51,7 +52,7 @@ class Case:
 
     @property
     def config(self):
-        return config_from_open_clip(self.published["model_cfg"])
+        return config_from_open_clip(Published(self.published["model_cfg"]))
 
     @property
     def sizes(self):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.published.t5 import config_from_transformers
 from tests.oracle.random_weights import random_tensors
 
@@ -25,7 +26,7 @@ class Case:
 
     @property
     def config(self):
-        return config_from_transformers(self.published)
+        return config_from_transformers(Published(self.published))
 
 
 def published_config(width, layers, heads, head_dim, mlp, vocab, buckets=32, distance=128):

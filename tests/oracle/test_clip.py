@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.clip import ClipText, forward_flops
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors
 from egrpo_jax.weights.published.clip import clip_text_layout, text_config_from_transformers, text_prefix
 from tests.models.test_clip import our_bfloat16_error, relative_error, template
@@ -34,7 +35,7 @@ def test_transformers_own_tensors_and_config_give_its_outputs(name):
     case = CASES[name]
     model = published_model(case)
     tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    config = text_config_from_transformers(model.config.to_dict())
+    config = text_config_from_transformers(Published(model.config.to_dict()))
     assert config == case.config
     layout = clip_text_layout(config, text_prefix(tensors))
     assert {e.name for e in layout} == tensors.keys()

@@ -13,6 +13,7 @@ from egrpo_jax.rewards import clip
 from egrpo_jax.rewards.clip_files import hps_version
 from egrpo_jax.rewards.config import AestheticConfig, ClipScoreConfig, HpsConfig, ScorersConfig
 from egrpo_jax.text.tokenizers import load_open_clip_tokenizer
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.published.open_clip import config_from_open_clip
 from tests.oracle.open_clip import CASES, GOLDEN, cases, marks, outputs, published_head, published_model
 from tests.oracle.scored_images import SIZES, TEXTS, images, prompts
@@ -115,7 +116,7 @@ def test_ids_over_the_real_vocabulary(real_vocabulary):
     ("name", "size", "activation"), [("ViT-H-14", 224, "gelu"), ("ViT-H-14-378-quickgelu", 378, "quick_gelu")]
 )
 def test_open_clips_own_configs(name, size, activation):
-    config = config_from_open_clip(published.get_model_config(name))
+    config = config_from_open_clip(Published(published.get_model_config(name)))
     assert config.vision == ClipVisionConfig(TransformerConfig(1280, 32, 16, 5120, activation), size, 14)
     assert config.text.transformer == TransformerConfig(1024, 24, 16, 4096, activation)
     assert config.dim == ClipConfig().dim

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.t5 import T5Encoder, forward_flops, relative_buckets
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors
 from egrpo_jax.weights.published.t5 import IGNORED, config_from_transformers, t5_layout
 from tests.models.test_t5 import our_bfloat16_error, relative_error, template
@@ -33,7 +34,7 @@ def test_transformers_own_tensors_and_config_give_its_outputs(name):
     case = CASES[name]
     model = published_model(case)
     tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    config = config_from_transformers(model.config.to_dict())
+    config = config_from_transformers(Published(model.config.to_dict()))
     assert config == case.config
     layout = t5_layout(config)
     assert {e.name for e in layout} == tensors.keys() - {pattern.replace("\\", "") for pattern in IGNORED}

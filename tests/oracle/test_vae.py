@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from egrpo_jax.models.vae import Vae  # noqa: E402
+from egrpo_jax.weights.configs import Published  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
-from egrpo_jax.weights.published.vae import KNOWN_KEYS, config_from_diffusers, vae_layout  # noqa: E402
+from egrpo_jax.weights.published.vae import KEYS, config_from_diffusers, vae_layout  # noqa: E402
 from tests.models.test_vae import golden, our_outputs, random_params, relative_error, rms  # noqa: E402
 from tests.oracle.vae import CASES, cases, inputs, outputs, published_model, to_numpy, to_torch  # noqa: E402
 
@@ -101,6 +102,8 @@ def test_keys_of_the_config():
     from diffusers import AutoencoderKL
 
     arguments = inspect.signature(AutoencoderKL.__init__).parameters
-    assert {name: argument.default for name, argument in arguments.items() if name != "self"} == KNOWN_KEYS
+    assert {name: argument.default for name, argument in arguments.items() if name != "self"} == {
+        name: key.default for name, key in KEYS.items()
+    }
     for case in CASES.values():
-        assert config_from_diffusers(published_model(case).config) == case.config
+        assert config_from_diffusers(Published(published_model(case).config)) == case.config

@@ -280,6 +280,16 @@ def test_a_folder_without_weights_names_those_it_should_have(folders, tmp_path):
         load_reward("pickscore", scorers(tmp_path), MESH)
 
 
+def test_a_text_encoder_that_reads_elsewhere_than_at_the_end(folders):
+    """It would give all texts one vector."""
+    file = folders(clip_model, "pickscore") / "config.json"
+    published = clip_model.CASES["pickscore"].published
+    published["text_config"]["eos_token_id"] = 5
+    file.write_text(json.dumps(published))
+    with pytest.raises(UserError, match=r"config\.json: text_config\.eos_token_id is 5; must be \d+, with which its"):
+        load_reward("pickscore", scorers(file.parent), MESH)
+
+
 def test_from_the_hub_only_what_is_used_is_downloaded(folders, tmp_path, monkeypatch):
     """Of a repository like laion's, that has the same weights in four files."""
     folder, fetched = folders(open_clip, "gelu"), []

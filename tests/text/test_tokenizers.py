@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.text.tokenizers import (
@@ -164,7 +165,53 @@ def test_t5_files_that_are_not_right(t5_folder):
 def test_tokenizers_of_other_models_are_refused(t5_folder):
     special, rest = t5_pieces()[:3], t5_pieces()[3:]
     write_t5(t5_folder, [special[2], special[1], special[0], *rest])
-    with pytest.raises(UserError, match=r"<pad> and </s> are \[2, 1\].*a T5 tokenizer has \[0, 1\] and \[1\]"):
+    with pytest.raises(UserError, match=r"<pad> and </s> are \[2, 1\]; a T5 tokenizer has \[0, 1\]$"):
         load_t5_tokenizer(t5_folder, 16)
     with pytest.raises(UserError, match=r"tokenizer.json has no token <\|startoftext\|>"):
         load_clip_tokenizer(t5_folder)
+
+
+@pytest.mark.parametrize("token", ["cat</w>", EOS])
+def test_tokens_that_share_an_id_are_refused(clip_folder, token):
+    vocabulary, bos, _ = clip_ids(clip_folder)
+    (clip_folder / "vocab.json").write_text(json.dumps(vocabulary | {token: bos}), "utf-8")
+    for load in (load_clip_tokenizer, load_open_clip_tokenizer):
+        with pytest.raises(UserError, match=r"vocab\.json has \d+ tokens, of which some share an id; download"):
+            load(clip_folder)
+
+
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_merges_cut_off_at_the_end_of_a_line(clip_folder, kept):
+    """The file is still one, and gives other tokens."""
+    merges = clip_folder / "merges.txt"
+    lines = merges.read_text("utf-8").rstrip("\n").split("\n")
+    merges.write_text("\n".join([lines[0], *lines[1:][:kept]]) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"merges\.txt has \d+ merges; must have {len(lines) - 1} for vocab\.json"):
+        load_clip_tokenizer(clip_folder)
+
+
+@pytest.mark.parametrize("order", ["$A", "</s> $A", "$A </s> </s>"])
+def test_a_t5_tokenizer_that_does_not_end_prompts(t5_folder, order):
+    path = t5_folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(single=order, special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+    with pytest.raises(UserError, match=r"tokenizer\.json makes \[.*\] of the prompt '.?'; must be \['\.\.\.', 1\]"):
+        load_t5_tokenizer(t5_folder, 16)
+
+
+def test_a_clip_tokenizer_json_that_adds_no_ends(clip_folder, tmp_path_factory):
+    whole = _clip_from_merges(clip_folder / "vocab.json", clip_folder / "merges.txt")
+    folder = tmp_path_factory.mktemp("whole")
+    whole.save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8")) | {"post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json makes \[\] of the prompt ''"):
+        load_clip_tokenizer(folder)
+
+
+def test_what_a_tokenizer_says_of_itself(clip_folder, t5_folder):
+    vocabulary, _, eos = clip_ids(clip_folder)
+    clip, t5 = load_clip_tokenizer(clip_folder), load_t5_tokenizer(t5_folder, 16)
+    assert (clip.length, clip.pad_id, clip.last_id) == (77, eos, max(vocabulary.values()))
+    assert (t5.length, t5.pad_id, t5.last_id) == (16, 0, len(t5_pieces()) - 1)

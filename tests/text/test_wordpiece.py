@@ -65,3 +65,11 @@ def test_files_that_will_not_do(folder):
         UserError, match=r"vocab\.txt is missing; give the folder of BERT's tokenizer, or its vocab\.txt"
     ):
         load_wordpiece(folder, 35, SIZE)
+
+
+def test_a_token_that_is_there_twice(folder):
+    path = folder / "vocab.txt"
+    lines = path.read_text("utf-8").rstrip("\n").split("\n")
+    path.write_text("\n".join([*lines[:-1], lines[-2]]) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"vocab\.txt has {SIZE - 3} tokens; give the vocab"):
+        load_wordpiece(folder, 35, SIZE)

@@ -65,3 +65,16 @@ def test_embedded_files_are_small_and_name_their_licence():
         licence = load_asset(file)[1]["license"]
         assert "Apache-2.0" in licence or "CC BY-SA 4.0" in licence
     assert "OpenMoji" in (folder / "LICENSE.md").read_text()
+
+
+@pytest.mark.parametrize("config", [None, 3, {}, {"width": 4}, {"axes_dims": 3}])
+def test_files_of_another_kind_of_model_are_user_errors(tmp_path, config):
+    metadata = {} if config is None else {"config": config}
+    for name, load in (
+        ("flow", lambda: read_flow(tmp_path / "flow.safetensors")),
+        ("text_encoder", lambda: load_text_encoder(tmp_path)),
+        ("judge", lambda: load_tower("judge", tmp_path)),
+    ):
+        save_asset(tmp_path / f"{name}.safetensors", TREE, metadata)
+        with pytest.raises(UserError, match=rf"^\S+/{name}\.safetensors does not describe a [^\n]+; reinstall [^\n]+$"):
+            load()

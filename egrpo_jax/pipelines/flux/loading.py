@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,35 +15,28 @@ from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.grid import resolution_shift
-from egrpo_jax.models.clip import ClipText
+from egrpo_jax.models.clip import ClipText, ClipTextConfig
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.lora import COLLECTION, LoraConfig, init_lora
-from egrpo_jax.models.t5 import T5Encoder
+from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.parts import read_text_parts
 from egrpo_jax.pipelines.flux.rules import FLUX_RULES
-from egrpo_jax.text.tokenizers import Tokenize, load_clip_tokenizer, load_t5_tokenizer
+from egrpo_jax.text.tokenizers import Tokenize
 from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.files import open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.load import load_params
 from egrpo_jax.weights.lora import load_lora
 from egrpo_jax.weights.published import clip, flux, t5, vae
+from egrpo_jax.weights.published.scheduler import read_scheduler
 
 Params = dict[str, Any]
 
 ORBAX = "orbax"
 """The folder inside what `convert --to orbax` writes."""
-
-_SCHEDULER = {
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
 
 
 class TextModels(NamedTuple):
@@ -128,7 +122,7 @@ def read_transformer_config(folder: Path, other: str | None) -> FluxConfig:
     if not source.exists() and other is not None:
         raise ConfigError("transformer", other, "an existing file or folder of weights")
     place = source if other is None or source.is_dir() else folder
-    return flux.config_from_diffusers(read_config(place, flux.CLASS_NAME, flux.KNOWN_KEYS))
+    return flux.config_from_diffusers(read_config(place, flux.CLASS_NAME))
 
 
 def transformer_shapes(config: FluxConfig) -> Params:
@@ -145,7 +139,7 @@ def transformer_shapes(config: FluxConfig) -> Params:
 
 def read_decoder_config(folder: Path) -> VaeConfig:
     """The sizes of the VAE in `folder`."""
-    return vae.config_from_diffusers(read_config(folder, vae.CLASS_NAME, vae.KNOWN_KEYS))
+    return vae.config_from_diffusers(read_config(folder, vae.CLASS_NAME))
 
 
 def decoder_shapes(config: VaeConfig) -> Params:
@@ -163,38 +157,44 @@ def load_decoder(folder: Path, config: VaeConfig, template: Params) -> Params:
 
 def published_shift(folder: Path, image_tokens: int) -> float:
     """The shift of the time grid on which the pipeline with the scheduler in `folder` samples images of this size."""
-    published = read_config(folder, "FlowMatchEulerDiscreteScheduler", file="scheduler_config.json")
-    keys = {**_SCHEDULER, **{key: value for key, value in published.items() if key in _SCHEDULER}}
+    keys = read_scheduler(folder)
     if not keys["use_dynamic_shifting"]:
         return keys["shift"]
     small, large = ((keys[f"{end}_image_seq_len"], keys[f"{end}_shift"]) for end in ("base", "max"))
-    return resolution_shift(image_tokens, small, large)
+    try:
+        shift = resolution_shift(image_tokens, small, large)
+    except OverflowError:
+        shift = math.inf
+    if keys["time_shift_type"] == "linear" and 0 < shift < math.inf:
+        shift = math.log(shift)  # mu itself, not e^mu
+    if not 0 < shift < math.inf:
+        raise keys.error("max_shift", f"less extreme: {image_tokens} image tokens have a shift of {shift:g}")
+    return shift
 
 
 def load_text_models(folder: Path, text_tokens: int, dtype: str, mesh: Mesh) -> TextModels:
     """The text encoders of a pipeline's folder; T5 writes sequences of `text_tokens`."""
-    t5_model, t5_params = _load_t5(folder / "text_encoder_2", dtype, mesh)
-    clip_model, clip_params = _load_clip(folder / "text_encoder", dtype, mesh)
+    parts = read_text_parts(folder, text_tokens)
+    t5_model, t5_params = _load_t5(folder / "text_encoder_2", parts.t5, dtype, mesh)
+    clip_model, clip_params = _load_clip(folder / "text_encoder", parts.clip, dtype, mesh)
     return TextModels(
         t5=t5_model,
         t5_params=t5_params,
-        t5_tokenizer=load_t5_tokenizer(folder / "tokenizer_2", text_tokens),
+        t5_tokenizer=parts.t5_tokenizer,
         clip=clip_model,
         clip_params=clip_params,
-        clip_tokenizer=load_clip_tokenizer(folder / "tokenizer"),
+        clip_tokenizer=parts.clip_tokenizer,
         text_tokens=text_tokens,
     )
 
 
-def _load_t5(folder: Path, dtype: str, mesh: Mesh) -> tuple[T5Encoder, Params]:
-    config = t5.config_from_transformers(read_config(folder, "T5EncoderModel"))
+def _load_t5(folder: Path, config: T5Config, dtype: str, mesh: Mesh) -> tuple[T5Encoder, Params]:
     model = T5Encoder(config, jnp.dtype(dtype))
     template = _template(_token_model_shapes(model), "t5", dtype, mesh)
     return model, load_params(open_tensors(folder), t5.t5_layout(config), template, t5.IGNORED)
 
 
-def _load_clip(folder: Path, dtype: str, mesh: Mesh) -> tuple[ClipText, Params]:
-    config = clip.text_config_from_transformers(read_config(folder, "CLIPTextModel"))
+def _load_clip(folder: Path, config: ClipTextConfig, dtype: str, mesh: Mesh) -> tuple[ClipText, Params]:
     model, files = ClipText(config, jnp.dtype(dtype)), open_tensors(folder)
     template = _template(_token_model_shapes(model), "clip", dtype, mesh)
     return model, load_params(files, clip.clip_text_layout(config, clip.text_prefix(files)), template, clip.IGNORED)

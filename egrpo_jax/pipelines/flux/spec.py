@@ -23,6 +23,7 @@ from egrpo_jax.pipelines.flux.loading import (
     read_transformer_config,
 )
 from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.flux.parts import check_parts
 from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 from egrpo_jax.pipelines.flux.text import FluxText, FluxTextEncoder
 
@@ -39,6 +40,7 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
     """
     folder = pipeline_folder(path, text=options.embeddings is None)
     config = read_transformer_config(folder / "transformer", options.transformer)
+    check_parts(folder, config, options.text_tokens if options.embeddings is None else None)
     vae_config = read_decoder_config(folder / "vae")
     grid = token_grid(options, vae_config)
     store = None if options.embeddings is None else _open_store(options, config)

@@ -10,7 +10,7 @@ IGNORED = (r"blip\.text_encoder\.embeddings\.position_ids", r"blip\.(vision|text
 
 _WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 _HEAD = (0, 2, 4, 6, 7)
-"""Where the linear layers are among those of the published head; the others are dropout."""
+"""Places of the linear layers among those of the published head; the others are dropout."""
 
 
 def blip_layout(config: BlipConfig) -> Layout:

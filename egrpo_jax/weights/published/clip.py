@@ -6,17 +6,17 @@ Published files of `CLIPTextModel` spell names with `text_model.` in front; thos
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
+from egrpo_jax.weights.configs import SIZE, TOKEN_ID, Key, Published, one_of
 from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear, norm
 
 PREFIX = "text_model."
 IGNORED = (r"((text|vision)_model\.)?embeddings\.position_ids",)
 """Patterns of whole names that older files have and no parameter is in: the numbers of the positions."""
 
-_LEGACY_EOS_ID = 2  # in configs that mean the position of the highest id
+LEGACY_EOS_ID = 2
+"""The `eos_token_id` of configs that mean the position of the highest id."""
 
 _LINEARS = (
     ("to_q", "self_attn.q_proj"),
@@ -27,6 +27,19 @@ _LINEARS = (
     ("mlp_2", "mlp.fc2"),
 )
 _NORMS = (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2"))
+
+_TRANSFORMER = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), Key(SIZE)),
+    "hidden_act": Key(one_of(*ACTIVATIONS), "quick_gelu"),
+    "layer_norm_eps": Key(one_of(1e-5), 1e-5),
+}
+_TEXT = {
+    **_TRANSFORMER,
+    "vocab_size": Key(SIZE),
+    "max_position_embeddings": Key(SIZE),
+    "eos_token_id": Key(TOKEN_ID, LEGACY_EOS_ID),
+}
+_VISION = {**_TRANSFORMER, "image_size": Key(SIZE), "patch_size": Key(SIZE), "num_channels": Key(one_of(3), 3)}
 
 # What counts where a part of a CLIPModel's config.json is silent.
 _TEXT_DEFAULTS = {
@@ -40,7 +53,7 @@ _VISION_DEFAULTS = {
 
 
 def text_prefix(names: Iterable[str]) -> str:
-    """How a file spells its tensors: `"text_model."` or `""`, whatever stands before their names."""
+    """The prefix with which a file spells its tensors: `"text_model."` or `""`, whatever stands before their names."""
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
@@ -81,56 +94,51 @@ def _blocks(config: TransformerConfig, prefix: str, folder: str) -> Layout:
     return for_layers(config.num_layers, (*linears, *norms))
 
 
-def text_config_from_transformers(published: Mapping[str, Any]) -> ClipTextConfig:
+def text_config_from_transformers(published: Published) -> ClipTextConfig:
     """The sizes that a config.json of a `CLIPTextModel` names; keys that say nothing about them are ignored.
 
     Raises:
       UserError: a size is missing, or a value is not one that a CLIP has.
     """
-    eos_id = published.get("eos_token_id", _LEGACY_EOS_ID)
+    keys = published.checked(_TEXT)
     return ClipTextConfig(
-        transformer=_transformer(published),
-        vocab_size=_size(published, "vocab_size"),
-        length=_size(published, "max_position_embeddings"),
-        eos_id=None if eos_id == _LEGACY_EOS_ID else eos_id,
+        transformer=_transformer(keys),
+        vocab_size=keys["vocab_size"],
+        length=keys["max_position_embeddings"],
+        eos_id=None if keys["eos_token_id"] == LEGACY_EOS_ID else keys["eos_token_id"],
     )
 
 
-def config_from_transformers(published: Mapping[str, Any]) -> ClipConfig:
+def config_from_transformers(published: Published) -> ClipConfig:
     """The sizes that a config.json of a `CLIPModel` names, with transformers' defaults where it is silent.
 
     Raises:
       UserError: a value is not one that a CLIP has.
     """
-    text, vision = (
-        {**defaults, **(published.get(f"{tower}_config") or {}), **(published.get(f"{tower}_config_dict") or {})}
-        for tower, defaults in (("text", _TEXT_DEFAULTS), ("vision", _VISION_DEFAULTS))
-    )
-    if vision.get("num_channels", 3) != 3:
-        raise UserError(f"config.json: num_channels is {vision['num_channels']}; CLIP sees 3")
+    vision = _tower(published, "vision", _VISION_DEFAULTS).checked(_VISION)
+    if vision["patch_size"] > vision["image_size"]:
+        raise vision.error("patch_size", f"at most image_size {vision['image_size']}")
     return ClipConfig(
         vision=ClipVisionConfig(_transformer(vision), vision["image_size"], vision["patch_size"]),
-        text=text_config_from_transformers(text),
-        dim=published.get("projection_dim", 512),
+        text=text_config_from_transformers(_tower(published, "text", _TEXT_DEFAULTS)),
+        dim=published.checked({"projection_dim": Key(SIZE, 512)})["projection_dim"],
     )
 
 
-def _transformer(published: Mapping[str, Any]) -> TransformerConfig:
-    activation = published.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act is {activation!r}; CLIP has one of {', '.join(ACTIVATIONS)}")
-    if published.get("layer_norm_eps", 1e-5) != 1e-5:
-        raise UserError(f"config.json: layer_norm_eps is {published['layer_norm_eps']}; CLIP has 1e-05")
+def _tower(published: Published, name: str, defaults: Mapping[str, int]) -> Published:
+    """The section of a tower; in old files a second one, with `_dict` after its name, counts more."""
+    section, older = published.section(f"{name}_config"), published.section(f"{name}_config_dict")
+    return Published({**defaults, **section, **older}, section.place, section.prefix)
+
+
+def _transformer(keys: Published) -> TransformerConfig:
+    width, heads = keys["hidden_size"], keys["num_attention_heads"]
+    if width % heads:
+        raise keys.error("num_attention_heads", f"a divisor of hidden_size {width}")
     return TransformerConfig(
-        width=_size(published, "hidden_size"),
-        num_layers=_size(published, "num_hidden_layers"),
-        num_heads=_size(published, "num_attention_heads"),
-        mlp_dim=_size(published, "intermediate_size"),
-        activation=activation,
+        width=width,
+        num_layers=keys["num_hidden_layers"],
+        num_heads=heads,
+        mlp_dim=keys["intermediate_size"],
+        activation=keys["hidden_act"],
     )
-
-
-def _size(published: Mapping[str, Any], key: str) -> int:
-    if key not in published:
-        raise UserError(f"config.json: {key} is missing; a CLIP's has it")
-    return published[key]

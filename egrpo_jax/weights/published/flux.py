@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
+from egrpo_jax.weights.configs import EVEN, FLAG, SIZE, Key, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Entry, Layout, entry, for_layers, linear
 
 Format = Literal["diffusers", "bfl"]
@@ -20,22 +21,22 @@ Names = tuple[tuple[str, str, str], ...]
 """Ours, diffusers', BFL's. Where BFL joins several layers into one, ours and diffusers' are separated by spaces."""
 
 CLASS_NAME = "FluxTransformer2DModel"
-KNOWN_KEYS: Mapping[str, Any] = MappingProxyType(
+KEYS: Mapping[str, Key] = MappingProxyType(
     {
-        "patch_size": 1,
-        "in_channels": 64,
-        "out_channels": None,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": False,
-        "axes_dims_rope": (16, 56, 56),
+        "patch_size": Key(one_of(1), 1),  # latents are packed into patches outside
+        "in_channels": Key(SIZE, 64),
+        "out_channels": Key(nullable(SIZE), None),
+        "num_layers": Key(SIZE, 19),
+        "num_single_layers": Key(SIZE, 38),
+        "attention_head_dim": Key(SIZE, 128),
+        "num_attention_heads": Key(SIZE, 24),
+        "joint_attention_dim": Key(SIZE, 4096),
+        "pooled_projection_dim": Key(SIZE, 768),
+        "guidance_embeds": Key(FLAG, False),
+        "axes_dims_rope": Key(list_of(EVEN, 3), (16, 56, 56)),
     }
 )
-"""What config.json may say, and what each key means where it is missing."""
+"""The keys of config.json."""
 
 _TOP: Names = (
     ("image_in", "x_embedder", "img_in"),
@@ -127,25 +128,17 @@ def _final_modulation(fmt: Format) -> Layout:
     )
 
 
-def config_from_diffusers(published: Mapping[str, Any]) -> FluxConfig:
-    """The sizes that a config.json of a `FluxTransformer2DModel` names; keys that say nothing about them are ignored.
+def config_from_diffusers(published: Published) -> FluxConfig:
+    """The sizes that a config.json of a `FluxTransformer2DModel` names.
 
     Raises:
-      UserError: a value that no FLUX.1 transformer has.
+      UserError: an unknown key, or a value that no FLUX.1 transformer has.
     """
-    keys = {**KNOWN_KEYS, **{key: value for key, value in published.items() if key in KNOWN_KEYS}}
-    if keys["patch_size"] != 1:
-        raise UserError(f"config.json: patch_size is {keys['patch_size']}; FLUX.1 packs its patches outside, so 1")
+    keys = published.checked(KEYS, strict=True)
     if keys["out_channels"] not in (None, keys["in_channels"]):
-        raise UserError(
-            f"config.json: out_channels is {keys['out_channels']}; "
-            f"a velocity has the {keys['in_channels']} channels of its latents (in_channels), or write null"
-        )
+        raise keys.error("out_channels", f"null, or in_channels {keys['in_channels']}: a velocity is as its latents")
     if sum(keys["axes_dims_rope"]) != keys["attention_head_dim"]:
-        raise UserError(
-            f"config.json: axes_dims_rope is {list(keys['axes_dims_rope'])}; "
-            f"they must add up to attention_head_dim {keys['attention_head_dim']}"
-        )
+        raise keys.error("axes_dims_rope", f"numbers that add up to attention_head_dim {keys['attention_head_dim']}")
     return FluxConfig(
         in_channels=keys["in_channels"],
         num_double_blocks=keys["num_layers"],

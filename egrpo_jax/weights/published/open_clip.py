@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Activation, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
+from egrpo_jax.weights.configs import FLAG, LARGEST, OBJECT, POSITIVE, SIZE, Key, Published, nullable
 from egrpo_jax.weights.layout import CONV, LINEAR, Layout, entry, for_layers, linear, norm
 
 FILE = "open_clip_config.json"
 
-_MODEL = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
-_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
-_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "layers": 12, "heads": 8, "mlp_ratio": 4.0}
-# What counts where the file is silent; a key beyond these is of another kind of model.
+_MODEL = {
+    "embed_dim": Key(SIZE),
+    "quick_gelu": Key(nullable(FLAG), False),
+    "vision_cfg": Key(OBJECT),
+    "text_cfg": Key(OBJECT),
+}
+_VISION = {
+    "image_size": Key(SIZE, 224),
+    "patch_size": Key(SIZE, 16),
+    "width": Key(SIZE, 768),
+    "layers": Key(SIZE, 12),
+    "head_width": Key(SIZE, 64),
+    "mlp_ratio": Key(POSITIVE, 4.0),
+}
+_TEXT = {
+    "context_length": Key(SIZE, 77),
+    "vocab_size": Key(SIZE, 49408),
+    "width": Key(SIZE, 512),
+    "layers": Key(SIZE, 12),
+    "heads": Key(SIZE, 8),
+    "mlp_ratio": Key(POSITIVE, 4.0),
+}
+# A key beyond these is of another kind of model than two plain transformers.
 
 
 def open_clip_layout(config: ClipConfig) -> Layout:
@@ -51,20 +67,24 @@ def _blocks(config: TransformerConfig, prefix: str, folder: str) -> Layout:
     return for_layers(config.num_layers, entries)
 
 
-def config_from_open_clip(published: Mapping[str, Any]) -> ClipConfig:
+def config_from_open_clip(published: Published) -> ClipConfig:
     """The sizes that the `model_cfg` of an open_clip_config.json names, with open_clip's defaults where it is silent.
 
     Raises:
       UserError: it is of a model of another kind.
     """
-    _check_known("model_cfg", published, _MODEL)
-    for key in ("embed_dim", "vision_cfg", "text_cfg"):
-        if key not in published:
-            raise UserError(f"{FILE}: {key} is missing in model_cfg; a CLIP's has it")
-    _check_known("vision_cfg", published["vision_cfg"], _VISION)
-    _check_known("text_cfg", published["text_cfg"], _TEXT)
-    vision, text = {**_VISION, **published["vision_cfg"]}, {**_TEXT, **published["text_cfg"]}
-    activation: Activation = "quick_gelu" if published.get("quick_gelu") else "gelu"
+    keys = published.checked(_MODEL, strict=True)
+    vision = keys.section("vision_cfg").checked(_VISION, strict=True)
+    text = keys.section("text_cfg").checked(_TEXT, strict=True)
+    for tower, key, fits in (
+        (vision, "head_width", vision["width"] % vision["head_width"] == 0),
+        (text, "heads", text["width"] % text["heads"] == 0),
+    ):
+        if not fits:
+            raise tower.error(key, f"a divisor of width {tower['width']}")
+    if vision["patch_size"] > vision["image_size"]:
+        raise vision.error("patch_size", f"at most image_size {vision['image_size']}")
+    activation: Activation = "quick_gelu" if keys["quick_gelu"] else "gelu"
     return ClipConfig(
         vision=ClipVisionConfig(
             _transformer(vision, vision["width"] // vision["head_width"], activation),
@@ -72,17 +92,12 @@ def config_from_open_clip(published: Mapping[str, Any]) -> ClipConfig:
             vision["patch_size"],
         ),
         text=ClipTextConfig(_transformer(text, text["heads"], activation), text["vocab_size"], text["context_length"]),
-        dim=published["embed_dim"],
+        dim=keys["embed_dim"],
     )
 
 
-def _transformer(published: Mapping[str, Any], heads: int, activation: Activation) -> TransformerConfig:
-    width = published["width"]
-    return TransformerConfig(width, published["layers"], heads, int(width * published["mlp_ratio"]), activation)
-
-
-def _check_known(section: str, published: Mapping[str, Any], known: Iterable[str]) -> None:
-    unknown = sorted(published.keys() - set(known))
-    if unknown:
-        listed = ", ".join(sorted(known))
-        raise UserError(f"{FILE}: {section} has {', '.join(unknown)}; one of two plain transformers has {listed}")
+def _transformer(keys: Published, heads: int, activation: Activation) -> TransformerConfig:
+    mlp_dim = keys["width"] * keys["mlp_ratio"]
+    if not 1 <= mlp_dim <= LARGEST:
+        raise keys.error("mlp_ratio", f"such that times width {keys['width']} it is a size")
+    return TransformerConfig(keys["width"], keys["layers"], heads, int(mlp_dim), activation)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
 
-from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.t5 import T5Config
+from egrpo_jax.weights.configs import SIZE, Key, Published, one_of
 from egrpo_jax.weights.layout import LINEAR, Layout, entry, for_layers
 
 IGNORED = (r"encoder\.embed_tokens\.weight",)
 """Patterns of whole names that some files have and no parameter is in: a second copy of `shared.weight`."""
+
+KEYS: Mapping[str, Key] = MappingProxyType(
+    {
+        **dict.fromkeys(("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff"), Key(SIZE)),
+        "relative_attention_num_buckets": Key(SIZE),
+        "relative_attention_max_distance": Key(SIZE, 128),
+        "feed_forward_proj": Key(one_of("gated-gelu"), "relu"),  # T5 before v1.1 has the default
+        "layer_norm_epsilon": Key(one_of(1e-6), 1e-6),
+    }
+)
+"""The keys of config.json that say something about the encoder."""
 
 _LINEARS = (
     ("to_q", "layer.0.SelfAttention.q"),
@@ -38,27 +49,26 @@ def t5_layout(config: T5Config) -> Layout:
     )
 
 
-def config_from_transformers(published: Mapping[str, Any]) -> T5Config:
+def config_from_transformers(published: Published) -> T5Config:
     """The sizes that a config.json of a `T5EncoderModel` names; keys that say nothing about them are ignored.
 
     Raises:
       UserError: a size is missing, or a value is not one that T5 v1.1 has.
     """
-    feed_forward = published.get("feed_forward_proj", "relu")
-    if feed_forward != "gated-gelu":
-        raise UserError(f"config.json: feed_forward_proj is {feed_forward!r}; T5 v1.1 has 'gated-gelu'")
-    if published.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise UserError(f"config.json: layer_norm_epsilon is {published['layer_norm_epsilon']}; T5 has 1e-06")
-    try:
-        return T5Config(
-            vocab_size=published["vocab_size"],
-            width=published["d_model"],
-            num_layers=published["num_layers"],
-            num_heads=published["num_heads"],
-            head_dim=published["d_kv"],
-            mlp_dim=published["d_ff"],
-            num_buckets=published["relative_attention_num_buckets"],
-            max_distance=published.get("relative_attention_max_distance", 128),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json: {error.args[0]} is missing; a T5EncoderModel's has it") from None
+    keys = published.checked(KEYS)
+    buckets, distance = keys["relative_attention_num_buckets"], keys["relative_attention_max_distance"]
+    exact = buckets // 4  # distances on either side that have a bucket each
+    if not exact:
+        raise keys.error("relative_attention_num_buckets", "at least 4")
+    if distance <= exact:
+        raise keys.error("relative_attention_max_distance", f"above {exact}, a quarter of the buckets")
+    return T5Config(
+        vocab_size=keys["vocab_size"],
+        width=keys["d_model"],
+        num_layers=keys["num_layers"],
+        num_heads=keys["num_heads"],
+        head_dim=keys["d_kv"],
+        mlp_dim=keys["d_ff"],
+        num_buckets=buckets,
+        max_distance=distance,
+    )

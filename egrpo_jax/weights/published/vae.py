@@ -9,47 +9,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.vae import VaeConfig
+from egrpo_jax.weights.configs import ANYTHING, NUMBER, POSITIVE, SIZE, Key, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import CONV, LINEAR, POINT_CONV, Form, Layout, entry, norm
 
 CLASS_NAME = "AutoencoderKL"
-KNOWN_KEYS: Mapping[str, Any] = MappingProxyType(
+KEYS: Mapping[str, Key] = MappingProxyType(
     {
-        "act_fn": "silu",
-        "block_out_channels": (64,),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-        "force_upcast": True,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 4,
-        "latents_mean": None,
-        "latents_std": None,
-        "layers_per_block": 1,
-        "mid_block_add_attention": True,
-        "norm_num_groups": 32,
-        "sample_size": 32,
-        "scaling_factor": 0.18215,
-        "shift_factor": None,
-        "use_post_quant_conv": True,
-        "use_quant_conv": True,
+        "act_fn": Key(one_of("silu"), "silu"),
+        "block_out_channels": Key(list_of(SIZE), (64,)),
+        "down_block_types": Key(list_of(one_of("DownEncoderBlock2D")), ("DownEncoderBlock2D",)),
+        "up_block_types": Key(list_of(one_of("UpDecoderBlock2D")), ("UpDecoderBlock2D",)),
+        "force_upcast": Key(ANYTHING, True),
+        "in_channels": Key(one_of(3), 3),
+        "out_channels": Key(one_of(3), 3),
+        "latent_channels": Key(SIZE, 4),
+        "latents_mean": Key(one_of(None), None),
+        "latents_std": Key(one_of(None), None),
+        "layers_per_block": Key(SIZE, 1),
+        "mid_block_add_attention": Key(one_of(True), True),
+        "norm_num_groups": Key(SIZE, 32),
+        "sample_size": Key(ANYTHING, 32),
+        "scaling_factor": Key(POSITIVE, 0.18215),
+        "shift_factor": Key(nullable(NUMBER), None),
+        "use_post_quant_conv": Key(one_of(False), True),
+        "use_quant_conv": Key(one_of(False), True),
     }
 )
-"""What config.json may say, and what each key means where it is missing."""
-_FIXED = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latents_mean": None,
-    "latents_std": None,
-    "mid_block_add_attention": True,
-    "use_post_quant_conv": False,
-    "use_quant_conv": False,
-}
-"""What those keys must say that have no place in `VaeConfig`."""
+"""The keys of config.json; those that `VaeConfig` has no place for must say what FLUX.1's and SD3.5's say."""
 
 Part = Literal["encoder", "decoder"]
 Format = Literal["diffusers", "bfl"]
@@ -57,7 +46,7 @@ Format = Literal["diffusers", "bfl"]
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """How a format calls its modules; '{}' is the number of a level, then that of a residual block.
+    """A format's names of modules; '{}' is the number of a level, then that of a residual block.
 
     `attention_layers` are group norm, query, key, value and output, of which `attention_form` is the kernels'.
     """
@@ -179,27 +168,21 @@ def _kernel(name: str, path: str, form: Form) -> Layout:
     return entry(f"{name}.weight", f"{path}/kernel", form=form), entry(f"{name}.bias", f"{path}/bias")
 
 
-def config_from_diffusers(published: Mapping[str, Any]) -> VaeConfig:
-    """The sizes that a config.json of an `AutoencoderKL` names; keys that say nothing about them are ignored.
+def config_from_diffusers(published: Published) -> VaeConfig:
+    """The sizes that a config.json of an `AutoencoderKL` names.
 
     Raises:
-      UserError: a value that no autoencoder of this architecture (FLUX.1, SD3.5) has.
+      UserError: an unknown key, or a value that no autoencoder of this architecture (FLUX.1, SD3.5) has.
     """
-    keys = {**KNOWN_KEYS, **{key: value for key, value in published.items() if key in KNOWN_KEYS}}
-    levels = tuple(keys["block_out_channels"])
-    block_types = {
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-    }
-    for key, value in (_FIXED | block_types).items():
-        found = list(keys[key]) if key in block_types else keys[key]
-        if found != value:
-            raise UserError(f"config.json: {key} is {found!r}; the autoencoder of FLUX.1 has {value!r}")
-    groups = keys["norm_num_groups"]
+    keys = published.checked(KEYS, strict=True)
+    levels, groups = keys["block_out_channels"], keys["norm_num_groups"]
+    for key in ("down_block_types", "up_block_types"):
+        if len(keys[key]) != len(levels):
+            raise keys.error(key, f"{len(levels)} long, as block_out_channels {list(levels)}")
     if any(channels % groups for channels in levels):
-        raise UserError(f"config.json: norm_num_groups is {groups}; must divide block_out_channels {list(levels)}")
+        raise keys.error("norm_num_groups", f"a divisor of each of block_out_channels {list(levels)}")
     return VaeConfig(
-        block_out_channels=levels,
+        block_out_channels=tuple(levels),
         layers_per_block=keys["layers_per_block"],
         latent_channels=keys["latent_channels"],
         norm_num_groups=groups,

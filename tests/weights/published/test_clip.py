@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig, TransformerConfig
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
 from egrpo_jax.weights.published.clip import (
     IGNORED,
@@ -157,7 +158,7 @@ VIT_L_14 = {
 
 def test_openais_large_clip():
     """427,616,513 parameters in 590 tensors."""
-    config = config_from_transformers(VIT_L_14)
+    config = config_from_transformers(Published(VIT_L_14))
     vision = ClipVisionConfig(TransformerConfig(1024, 24, 16, 4096, "quick_gelu"))
     assert config == ClipConfig(vision, ClipTextConfig(), 768)
     layout, template = clip_layout(config), clip_template(config)
@@ -167,18 +168,33 @@ def test_openais_large_clip():
 
 
 def test_what_a_config_does_not_say_is_transformers_default():
-    config = config_from_transformers({"text_config": None, "vision_config": {"hidden_size": 96}})
+    config = config_from_transformers(Published({"text_config": None, "vision_config": {"hidden_size": 96}}))
     assert config.text.transformer == TransformerConfig(512, 12, 8, 2048, "quick_gelu")
     assert config.vision == ClipVisionConfig(TransformerConfig(96, 12, 12, 3072, "quick_gelu"), 224, 32)
     assert config.dim == 512
-    assert config_from_transformers({"vision_config_dict": {"patch_size": 16}}).vision.patch_size == 16
+    assert config_from_transformers(Published({"vision_config_dict": {"patch_size": 16}})).vision.patch_size == 16
 
 
 def test_clips_of_other_kinds_are_refused():
-    with pytest.raises(UserError, match=r"config.json: num_channels is 4; CLIP sees 3"):
-        config_from_transformers({"vision_config": {"num_channels": 4}})
-    with pytest.raises(UserError, match=r"config.json: hidden_act is 'relu'"):
-        config_from_transformers({"vision_config": {"hidden_act": "relu"}})
+    with pytest.raises(UserError, match=r"config.json: vision_config.num_channels is 4; must be 3"):
+        config_from_transformers(Published({"vision_config": {"num_channels": 4}}))
+    with pytest.raises(UserError, match=r"config.json: vision_config.hidden_act is .relu.; must be "):
+        config_from_transformers(Published({"vision_config": {"hidden_act": "relu"}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vision_config": {"patch_size": 300}}, "vision_config.patch_size is 300; must be at most image_size 224"),
+        ({"vision_config": {"num_attention_heads": 5}}, "vision_config.num_attention_heads is 5; must be a divisor of"),
+        ({"text_config": {"eos_token_id": [2]}}, r"text_config.eos_token_id is \[2\]; must be a token's id"),
+        ({"text_config": [1]}, r"text_config is \[1\]; must be an object"),
+        ({"projection_dim": "512"}, 'projection_dim is "512"; must be a positive integer'),
+    ],
+)
+def test_sizes_that_no_clip_has(config, message):
+    with pytest.raises(UserError, match=rf"^config\.json: {message}"):
+        config_from_transformers(Published(config))
 
 
 PUBLISHED_CONFIG = {
@@ -192,23 +208,27 @@ PUBLISHED_CONFIG = {
 
 def test_published_configs():
     """An end id of 2 is what old files say and do not mean."""
-    assert text_config_from_transformers(PUBLISHED_CONFIG) == ClipTextConfig()
-    resaved = text_config_from_transformers({**PUBLISHED_CONFIG, "eos_token_id": 49407, "hidden_act": "gelu"})
+    assert text_config_from_transformers(Published(PUBLISHED_CONFIG)) == ClipTextConfig()
+    resaved = text_config_from_transformers(
+        Published({**PUBLISHED_CONFIG, "eos_token_id": 49407, "hidden_act": "gelu"})
+    )
     assert (resaved.eos_id, resaved.transformer.activation) == (49407, "gelu")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'; CLIP has one of quick_gelu, gelu"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06; CLIP has 1e-05"),
+        ({"hidden_act": "relu"}, "hidden_act is .relu.; must be .quick_gelu. or .gelu."),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06; must be 1e-05"),
     ],
 )
 def test_configs_of_other_models_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        text_config_from_transformers({**PUBLISHED_CONFIG, **change})
+        text_config_from_transformers(Published({**PUBLISHED_CONFIG, **change}))
 
 
 def test_a_missing_size_is_named():
     with pytest.raises(UserError, match=r"config.json: hidden_size is missing"):
-        text_config_from_transformers({key: v for key, v in PUBLISHED_CONFIG.items() if key != "hidden_size"})
+        text_config_from_transformers(
+            Published({key: v for key, v in PUBLISHED_CONFIG.items() if key != "hidden_size"})
+        )

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
 from egrpo_jax.weights.published.flux import config_from_diffusers, config_to_diffusers, flux_layout
 
@@ -101,30 +102,36 @@ PUBLISHED_DEV = {
 
 
 def test_published_configs():
-    assert config_from_diffusers(PUBLISHED_DEV) == FluxConfig()
-    assert config_from_diffusers({**PUBLISHED_DEV, "guidance_embeds": False}) == FluxConfig(guidance_embed=False)
+    assert config_from_diffusers(Published(PUBLISHED_DEV)) == FluxConfig()
+    assert config_from_diffusers(Published({**PUBLISHED_DEV, "guidance_embeds": False})) == FluxConfig(
+        guidance_embed=False
+    )
     resaved = {**PUBLISHED_DEV, "axes_dims_rope": [16, 56, 56], "out_channels": None}
-    assert config_from_diffusers(resaved) == config_from_diffusers({**resaved, "out_channels": 64}) == FluxConfig()
+    assert (
+        config_from_diffusers(Published(resaved))
+        == config_from_diffusers(Published({**resaved, "out_channels": 64}))
+        == FluxConfig()
+    )
 
 
 @pytest.mark.parametrize("config", [FluxConfig(), SMALL])
 def test_config_there_and_back(config):
     written = json.loads(json.dumps(config_to_diffusers(config)))
     assert written["_class_name"] == "FluxTransformer2DModel"
-    assert config_from_diffusers(written) == config
+    assert config_from_diffusers(Published(written)) == config
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("patch_size", 2, "patch_size is 2.*so 1"),
-        ("out_channels", 32, "out_channels is 32.*64 channels"),
+        ("patch_size", 2, "patch_size is 2; must be 1$"),
+        ("out_channels", 32, "out_channels is 32; must be null, or in_channels 64"),
         ("axes_dims_rope", [16, 56, 32], r"axes_dims_rope is \[16, 56, 32\].*attention_head_dim 128"),
     ],
 )
 def test_configs_of_other_models_are_refused(key, value, message):
     with pytest.raises(UserError, match=message):
-        config_from_diffusers({**PUBLISHED_DEV, key: value})
+        config_from_diffusers(Published({**PUBLISHED_DEV, key: value}))
 
 
 def test_what_diffusers_cannot_say_is_refused():

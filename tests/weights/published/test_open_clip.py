@@ -10,6 +10,7 @@ import pytest
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
 from egrpo_jax.weights.published.open_clip import config_from_open_clip, open_clip_layout
 from tests.weights.published.test_clip import GOLDEN, clip_template, held_leaves, leaves_of
@@ -54,17 +55,19 @@ def test_export_then_import_changes_nothing():
 
 def test_published_configs():
     """laion's ViT-H-14, and DFN5B's at 378 pixels with OpenAI's activation."""
-    assert config_from_open_clip(VIT_H_14) == ClipConfig()
+    assert config_from_open_clip(Published(VIT_H_14)) == ClipConfig()
     dfn = copy.deepcopy(VIT_H_14) | {"quick_gelu": True}
     dfn["vision_cfg"]["image_size"] = 378
-    config = config_from_open_clip(dfn)
+    config = config_from_open_clip(Published(dfn))
     assert config.vision == ClipVisionConfig(TransformerConfig(1280, 32, 16, 5120, "quick_gelu"), 378, 14)
     assert config.vision.tokens == 27**2 + 1
     assert config.text.transformer.activation == "quick_gelu"
 
 
 def test_what_a_config_does_not_say_is_open_clips_default():
-    config = config_from_open_clip({"embed_dim": 512, "vision_cfg": {"patch_size": 32}, "text_cfg": {"mlp_ratio": 3}})
+    config = config_from_open_clip(
+        Published({"embed_dim": 512, "vision_cfg": {"patch_size": 32}, "text_cfg": {"mlp_ratio": 3}})
+    )
     assert config.vision == ClipVisionConfig(TransformerConfig(768, 12, 12, 3072, "gelu"), 224, 32)
     assert config.text == ClipTextConfig(TransformerConfig(512, 12, 8, 1536, "gelu"))
     assert config.dim == 512
@@ -75,17 +78,36 @@ def test_what_a_config_does_not_say_is_open_clips_default():
     [
         (
             {"vision_cfg": {"timm_model_name": "vit"}},
-            "vision_cfg has timm_model_name; one of two plain transformers has",
+            "unknown vision_cfg.timm_model_name; this kind of model has image_size",
         ),
-        ({"text_cfg": {"hf_model_name": "xlm-roberta"}}, "text_cfg has hf_model_name; "),
-        ({"custom_text": True}, "model_cfg has custom_text; "),
+        ({"text_cfg": {"hf_model_name": "xlm-roberta"}}, "unknown text_cfg.hf_model_name; "),
+        ({"custom_text": True}, "unknown custom_text; "),
     ],
 )
 def test_models_of_other_kinds_are_refused(change, message):
-    with pytest.raises(UserError, match=f"open_clip_config.json: {message}"):
-        config_from_open_clip(VIT_H_14 | change)
+    with pytest.raises(UserError, match=message):
+        config_from_open_clip(Published(VIT_H_14 | change))
 
 
 def test_a_missing_part_is_named():
-    with pytest.raises(UserError, match=r"open_clip_config.json: text_cfg is missing in model_cfg"):
-        config_from_open_clip({key: value for key, value in VIT_H_14.items() if key != "text_cfg"})
+    with pytest.raises(UserError, match="text_cfg is missing; must be an object"):
+        config_from_open_clip(Published({key: value for key, value in VIT_H_14.items() if key != "text_cfg"}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("vision_cfg", "head_width", 81, "a divisor of width 1280"),
+        ("vision_cfg", "layers", [3, 4, 6, 3], "a positive integer"),
+        ("vision_cfg", "patch_size", 225, "at most image_size 224"),
+        ("vision_cfg", "mlp_ratio", 1e300, "such that times width 1280 it is a size"),
+        ("text_cfg", "mlp_ratio", 1e-9, "such that times width 1024 it is a size"),
+        ("text_cfg", "heads", 3, "a divisor of width 1024"),
+        ("text_cfg", "vocab_size", None, "a positive integer"),
+    ],
+)
+def test_sizes_that_no_model_has(section, key, value, expected):
+    config = copy.deepcopy(VIT_H_14)
+    config[section][key] = value
+    with pytest.raises(UserError, match=rf"^x\.json: {section}\.{key} is .*; must be {expected}$"):
+        config_from_open_clip(Published(config, "x.json"))

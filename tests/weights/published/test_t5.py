@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.t5 import T5Config, T5Encoder
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
 from egrpo_jax.weights.published.t5 import IGNORED, config_from_transformers, t5_layout
 
@@ -86,23 +87,23 @@ PUBLISHED_CONFIG = {
 
 
 def test_published_configs():
-    assert config_from_transformers(PUBLISHED_CONFIG) == T5Config()
+    assert config_from_transformers(Published(PUBLISHED_CONFIG)) == T5Config()
     older = {key: value for key, value in PUBLISHED_CONFIG.items() if key != "relative_attention_max_distance"}
-    assert config_from_transformers(older) == T5Config()
+    assert config_from_transformers(Published(older)) == T5Config()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'; T5 v1.1 has 'gated-gelu'"),
-        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05; T5 has 1e-06"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj is .relu.; must be .gated-gelu."),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05; must be 1e-06"),
     ],
 )
 def test_configs_of_other_models_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        config_from_transformers({**PUBLISHED_CONFIG, **change})
+        config_from_transformers(Published({**PUBLISHED_CONFIG, **change}))
 
 
 def test_a_missing_size_is_named():
     with pytest.raises(UserError, match=r"config.json: d_kv is missing"):
-        config_from_transformers({key: value for key, value in PUBLISHED_CONFIG.items() if key != "d_kv"})
+        config_from_transformers(Published({key: value for key, value in PUBLISHED_CONFIG.items() if key != "d_kv"}))

@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
-from egrpo_jax.weights.published.vae import KNOWN_KEYS, config_from_diffusers, vae_layout
+from egrpo_jax.weights.published.vae import KEYS, config_from_diffusers, vae_layout
 from tests.oracle.random_weights import random_tensors
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flux_vae_shapes.json"
@@ -86,30 +87,30 @@ def test_round_trip(fmt, parts):
 
 
 def test_published_configs():
-    assert {key for key in PUBLISHED if not key.startswith("_")} == KNOWN_KEYS.keys()
-    assert config_from_diffusers(PUBLISHED) == VaeConfig()
+    assert {key for key in PUBLISHED if not key.startswith("_")} == KEYS.keys()
+    assert config_from_diffusers(Published(PUBLISHED)) == VaeConfig()
     sd35 = {**PUBLISHED, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-    assert config_from_diffusers(sd35) == VaeConfig(scaling_factor=1.5305, shift_factor=0.0609)
-    assert config_from_diffusers({**PUBLISHED, "shift_factor": None}).shift_factor == 0.0
+    assert config_from_diffusers(Published(sd35)) == VaeConfig(scaling_factor=1.5305, shift_factor=0.0609)
+    assert config_from_diffusers(Published({**PUBLISHED, "shift_factor": None})).shift_factor == 0.0
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("use_quant_conv", True, "use_quant_conv is True; .* has False"),
-        ("mid_block_add_attention", False, "mid_block_add_attention is False"),
-        ("latents_mean", [0.0] * 16, "latents_mean is .*has None"),
+        ("use_quant_conv", True, "use_quant_conv is true; must be false"),
+        ("mid_block_add_attention", False, "mid_block_add_attention is false; must be true"),
+        ("latents_mean", [0.0] * 16, r"latents_mean is \[0.0, .*; must be null"),
         ("down_block_types", ["DownEncoderBlock2D"] * 3, "down_block_types is"),
-        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, r"up_block_types is \['AttnUp"),
-        ("norm_num_groups", 48, r"norm_num_groups is 48; must divide block_out_channels \[128"),
+        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, r'up_block_types is \["AttnUp'),
+        ("norm_num_groups", 48, r"norm_num_groups is 48; must be a divisor of each of block_out_channels \[128"),
     ],
 )
 def test_configs_of_other_models_are_refused(key, value, message):
     with pytest.raises(UserError, match=message) as error:
-        config_from_diffusers({**PUBLISHED, key: value})
+        config_from_diffusers(Published({**PUBLISHED, key: value}))
     assert "\n" not in str(error.value)
 
 
 def test_absent_keys_mean_what_they_mean_to_diffusers():
-    with pytest.raises(UserError, match="use_post_quant_conv is True"):
-        config_from_diffusers({})
+    with pytest.raises(UserError, match="use_post_quant_conv is true"):
+        config_from_diffusers(Published({}))
