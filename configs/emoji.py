@@ -23,7 +23,7 @@ EMOJI = TrainConfig(
     rewards=RewardsConfig(train=("emoji",), heldout=JUDGES),
     # Tails on every second step: half the cost, and the samples of a group compare alike.
     plan=PlanConfig(num_steps=8, group_size=8, tail_strides=(2,)),
-    learner=LearnerConfig(schedule="per_active_step", ema_decay=0.9),
+    learner=LearnerConfig(updates="per_active_step", ema_decay=0.9),
     # At twice this rate the noise of the updates undoes within 50 iterations what they gain.
     optim=OptimConfig(learning_rate=5e-5, b2=0.99),
     evaluation=EvaluationConfig(every=20, kept=200),
@@ -36,7 +36,7 @@ VARIANTS = {
         name="emoji_hack",
         num_iterations=50,
         rewards=RewardsConfig(train=("emoji_weak",), heldout=("emoji", *JUDGES)),
-        learner=LearnerConfig(schedule="per_active_step", clip_range=1e-3),
+        learner=LearnerConfig(updates="per_active_step", clip_range=1e-3),
         optim=OptimConfig(learning_rate=1e-4, b2=0.99),
         evaluation=EvaluationConfig(every=10, kept=200),
     ),

@@ -31,7 +31,7 @@ FLUX_SCHNELL = TrainConfig(
     ),
     rewards=RewardsConfig(train=("hpsv2.1",), heldout=("clip_score", "pickscore")),
     plan=PlanConfig(num_steps=8, tail_strides=(2,)),
-    learner=LearnerConfig(schedule="per_active_step", micro_batch=1),
+    learner=LearnerConfig(updates="per_active_step", micro_batch=1),
     optim=OptimConfig(learning_rate=3e-4),
     evaluation=EvaluationConfig(prompts="hpd_test.txt", every=50, batch=8),
 )

@@ -96,8 +96,8 @@ def write(out: Path, table: str, record: dict[str, Any], prompts: Sequence[str],
         atomic_write(folder / "table.md", table)
         atomic_write(folder / "table.json", json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         atomic_write(folder / "scores.jsonl", score_lines(prompts, results.scores))
-        if (picture := gains_and_losses(results.pairs, judge)) is not None:
-            save_image(picture, folder / "gains.png")
+        if (sheet := gains_and_losses(results.pairs, judge)) is not None:
+            save_image(sheet, folder / "gains.png")
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def main() -> None:
         "prompts": protocol.describe_prompts(source, prompts),
         "resolution": dict(zip(("height", "width"), results.resolution, strict=True)),
         "steps": sampling.steps,
-        "schedule": SAMPLING.schedule,
+        "grid": SAMPLING.grid,
         "shift": sampling.shift,
         "seeds": list(range(SAMPLING.seed, SAMPLING.seed + judging.samples)),
         "intervals": protocol.INTERVALS,

@@ -1,4 +1,4 @@
-"""Trains the models that ship with the package, from OpenMoji's pictures and Unicode's names.
+"""Trains the models that ship with the package, from OpenMoji's images and Unicode's names.
 
     python -m egrpo_jax.pretrain --config configs/emoji_towers.py:text
     python -m egrpo_jax.pretrain --config configs/emoji_towers.py:reward      (then judge, weak)

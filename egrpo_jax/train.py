@@ -3,7 +3,7 @@
     python -m egrpo_jax.train --config configs/emoji.py
 
 Resumes by itself from its workdir. There: `config.json`, `metrics.jsonl`, `tb/` (TensorBoard), `eval/` (scores and
-picture grids), `checkpoints/`, and at the end `reward_curve.png`, `entropy.png`, `before_after.png`.
+grids of images), `checkpoints/`, and at the end `reward_curve.png`, `entropy.png`, `before_after.png`.
 """
 
 from __future__ import annotations

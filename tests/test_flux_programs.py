@@ -65,8 +65,8 @@ def apart(a, b):
 
 @pytest.mark.slow
 def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
-    together = sampled(base, tmp_path / "a", None, "--schedule=pipeline", "--steps=3")
-    alone = sampled(base, tmp_path / "b", None, "--schedule=pipeline", "--steps=3", "--batch=1")
+    together = sampled(base, tmp_path / "a", None, "--grid=pipeline", "--steps=3")
+    alone = sampled(base, tmp_path / "b", None, "--grid=pipeline", "--steps=3", "--batch=1")
     assert apart(together, alone) <= 1
     assert apart(together[0], together[1]) > 20
     described = json.loads((tmp_path / "a" / "samples.json").read_text())

@@ -131,7 +131,7 @@ def get_config(variant=""):
             prompts_per_iteration=8,
             rewards=RewardsConfig(train=(f"tests.toy:{reward}",), heldout=("tests.toy:brightness",)),
             plan=PlanConfig(num_steps=4, group_size=4),
-            learner=LearnerConfig(schedule="per_active_step", clip_range=1e-2, ema_decay=0.9),
+            learner=LearnerConfig(updates="per_active_step", clip_range=1e-2, ema_decay=0.9),
             optim=OptimConfig(learning_rate=3e-3),
             evaluation=EvaluationConfig(every=4, batch=16, kept=4),
             checkpoint=CheckpointConfig(every=3),

@@ -1,4 +1,4 @@
-"""How a program starts: its flags, and what happens with a user's mistake."""
+"""The start of every program: its flags, and a user's mistakes as one line."""
 
 from egrpo_jax.cli.program import define_config, run
 

@@ -1,4 +1,4 @@
-"""How every program starts and ends: its flags, and what happens with a user's mistake or a full disk.
+"""The start and the end of every program: its flags, and a user's mistake or a full disk as one line.
 
 A program has a `FlagValues` of its own, so that several can be imported together.
 """
@@ -114,7 +114,7 @@ def _one_line_for_what_is_no_bug() -> Iterator[None]:
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """What is said of a full disk, if that is why `error` came, itself or by what it came from."""
+    """The line about a full disk, if that is why `error` came, itself or by what it came from."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}"

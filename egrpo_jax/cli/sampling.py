@@ -19,19 +19,19 @@ LAST_SEED = 2**32 - 1
 
 
 class Sampling(NamedTuple):
-    """How images are sampled: `batch` prompts at once, in `steps` on a time grid with `shift`."""
+    """A way to sample images: `batch` prompts at once, in `steps` on a time grid with `shift`."""
 
     batch: int
     steps: int
     shift: float
 
     def sampler(self, pipeline: Pipeline) -> Sampler:
-        """What does it, under the mesh that is set."""
+        """The sampler that does so, under the mesh that is set."""
         return Sampler(pipeline, shifted_times(self.steps, self.shift), self.batch)
 
 
 class SamplingFlags:
-    """The flags --prompt, --prompt_file, --seed, --steps, --schedule and --batch."""
+    """The flags --prompt, --prompt_file, --seed, --steps, --grid and --batch."""
 
     def __init__(self, values: flags.FlagValues):
         self._prompt = flags.DEFINE_multi_string("prompt", None, "A prompt", flag_values=values)
@@ -47,8 +47,8 @@ class SamplingFlags:
         self._steps = flags.DEFINE_integer(
             "steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1, flag_values=values
         )
-        self._schedule = flags.DEFINE_enum(
-            "schedule",
+        self._grid = flags.DEFINE_enum(
+            "grid",
             "training",
             ["training", "pipeline"],
             "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
@@ -68,12 +68,12 @@ class SamplingFlags:
         return self._seed.value
 
     @property
-    def schedule(self) -> str:
+    def grid(self) -> str:
         """The name of the time grid."""
-        return self._schedule.value
+        return self._grid.value
 
     def prompts(self, default: str | None = None) -> tuple[str, list[str]]:
-        """Where the prompts are from, and they; of the file or built-in set `default` if the flags name none.
+        """The source of the prompts, and the prompts; of the file or built-in set `default` if the flags name none.
 
         Raises:
           UserError: both flags are given, or neither and there is no default, or what they name has no prompt.
@@ -89,18 +89,16 @@ class SamplingFlags:
         return source, read_prompts(source)
 
     def sampling(self, config: TrainConfig, pipeline: Pipeline, num_prompts: int) -> Sampling:
-        """What the flags name. Raises UserError if the model has no schedule of its own and it is asked for."""
+        """The sampling that the flags name. Raises UserError if they ask for the model's own grid and it has none."""
         most = self._batch.value or config.evaluation.batch
         batch = math.ceil(num_prompts / math.ceil(num_prompts / most))  # as even as can be: little is filled up
         return Sampling(batch, self._steps.value or config.plan.num_steps, self._shift(config, pipeline))
 
     def _shift(self, config: TrainConfig, pipeline: Pipeline) -> float:
-        if self.schedule == "training":
+        if self.grid == "training":
             return config.plan.shift
         if pipeline.sampling_shift is None:
-            raise UserError(
-                f"--schedule=pipeline: the model {config.model.name!r} has no schedule of its own; use training"
-            )
+            raise UserError(f"--grid=pipeline: the model {config.model.name!r} has no grid of its own; use training")
         return pipeline.sampling_shift
 
 

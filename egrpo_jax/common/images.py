@@ -39,6 +39,6 @@ def to_display(images: ArrayLike) -> np.ndarray:
 
 
 def finite_images(images: chex.Array) -> chex.Array:
-    """Whether each of `images [B, H, W, 3]` is without nan and infinity, bool `[B]`: computed where they lie."""
+    """Tells of each of `images [B, H, W, 3]` if it is without nan and infinity: bool `[B]`, from where they lie."""
     isfinite = jnp.isfinite if isinstance(images, jax.Array) else np.isfinite
     return isfinite(images).all((1, 2, 3))

@@ -36,7 +36,7 @@ class Range:
     why: str = ""
 
     def holds(self, value: Any, whole: bool) -> bool:
-        """Whether `value` lies within; `whole`: and is an integer."""
+        """Tells if `value` lies within and, if `whole`, is an integer."""
         if whole and not isinstance(value, numbers.Integral):
             return False
         within = bool(self.low <= value <= self.high)  # nan is not

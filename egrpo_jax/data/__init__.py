@@ -1,0 +1,1 @@
+"""Prompts, stored embeddings, and the emoji task."""

@@ -32,7 +32,7 @@ _DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
 
 
 def prompt_hash(prompt: str) -> str:
-    """What tells prompts apart: SHA-256 of the UTF-8 text, in hex."""
+    """The hash that tells prompts apart: SHA-256 of the UTF-8 text, in hex."""
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 

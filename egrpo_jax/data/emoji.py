@@ -1,6 +1,6 @@
-"""The embedded task: text to emoji. Names at run time; catalogue and pictures when the assets are made.
+"""The embedded task: text to emoji. Names at run time; catalogue and images when the assets are made.
 
-The pictures are OpenMoji's (CC BY-SA 4.0), the names Unicode's (CLDR, through the `emoji` package).
+The images are OpenMoji's (CC BY-SA 4.0), the names Unicode's (CLDR, through the `emoji` package).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def heldout_names() -> tuple[str, ...]:
 
 
 def make_catalogue() -> list[Emoji]:
-    """The catalogue from the `emoji` package: single code points and keycaps that OpenMoji draws as one picture.
+    """The catalogue from the `emoji` package: single code points and keycaps that OpenMoji draws as one image.
 
     Flags, skin tones and joined sequences go by code point: the names of most flags do not say that they are flags.
 
@@ -83,7 +83,7 @@ def make_catalogue() -> list[Emoji]:
         if fields["status"] == data.STATUS["fully_qualified"] and _is_plain(characters)
     ]
     font = _font()
-    drawn = [emoji for emoji in full if _is_one_picture(font, emoji.characters)]
+    drawn = [emoji for emoji in full if _is_one_image(font, emoji.characters)]
     return _split(sorted(drawn, key=lambda emoji: emoji.characters))
 
 
@@ -94,7 +94,7 @@ def write_catalogue(emojis: Sequence[Emoji], path: str | os.PathLike[str]) -> No
 
 
 def render(emojis: Sequence[Emoji]) -> np.ndarray:
-    """OpenMoji's pictures on white, uint8 `[N, 32, 32, 3]`.
+    """OpenMoji's images on white, uint8 `[N, 32, 32, 3]`.
 
     Raises:
       UserError: the extra `assets` is not installed.
@@ -135,7 +135,7 @@ def _draw(font: ImageFont.FreeTypeFont, characters: str) -> Image.Image:
     return canvas.crop((4, 4, 60, 60)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
 
 
-def _is_one_picture(font: ImageFont.FreeTypeFont, characters: str) -> bool:
+def _is_one_image(font: ImageFont.FreeTypeFont, characters: str) -> bool:
     """Neither blank nor several glyphs side by side."""
     return font.getlength(characters) < 1.5 * _FONT_SIZE and np.asarray(_draw(font, characters)).std() > 1
 

@@ -51,7 +51,7 @@ def read_prompts(source: str) -> list[str]:
 
 
 class _Fault(ValueError):
-    """Where a file is not what its ending says; the message says what was found."""
+    """Raised where a file is not what its ending says; the message says what was found."""
 
 
 def _read_text(source: str) -> str:
@@ -74,7 +74,7 @@ def _read_text(source: str) -> str:
 
 
 def _is_visible(prompt: str) -> bool:
-    """Whether there is more than space, control and format characters, and marks on other characters."""
+    """Tells if there is more than space, control and format characters, and marks on other characters."""
     return any(
         unicodedata.category(letter) not in {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"} and letter not in _FILLERS
         for letter in prompt
@@ -146,7 +146,7 @@ def _json_prompts(items: Iterable[tuple[str, Any]]) -> Placed:
 
 
 def _is_next_sample(item: Any, before: Any) -> bool:
-    """Whether `item` is about another image of the prompt of the line before, as in `evaluate`'s scores.jsonl."""
+    """Tells if `item` is about another image of the prompt of the line before, as in `evaluate`'s scores.jsonl."""
     if not (isinstance(item, dict) and isinstance(before, dict) and isinstance(item.get("sample"), int)):
         return False
     return item.get("prompt") == before.get("prompt") and before.get("sample") == item["sample"] - 1

@@ -1,0 +1,1 @@
+"""Judging a model: sampling, scoring, statistics, and the record of how it was done."""

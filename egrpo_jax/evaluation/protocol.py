@@ -1,4 +1,4 @@
-"""How an evaluation was made: all that must be the same for its numbers to come out again."""
+"""The record of how an evaluation was made: all that must be the same for its numbers to come out again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERVALS = f"95 % percentile bootstrap over prompts, {comparison.RESAMPLES} res
 
 
 def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[str, ...]:
-    """What the run in `workdir` was trained on, by its own record, or without one what is `configured`.
+    """The rewards that the run in `workdir` was trained on, by its own record, or without a run those `configured`.
 
     Raises:
       UserError: `workdir` is not that of a training run.
@@ -37,7 +37,7 @@ def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[
 
 
 def describe_prompts(source: str, prompts: Sequence[str]) -> dict[str, Any]:
-    """Where the prompts are from, their number and hash."""
+    """The source of the prompts, their number and hash."""
     return {"source": source, "count": len(prompts), "sha256": prompts_hash(prompts)}
 
 
@@ -48,7 +48,7 @@ def describe_model(config: ModelConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def describe_reward(name: str, scorers: ScorersConfig) -> str:
-    """What the reward `name` is, and the files or the server it is from."""
+    """A description of the reward `name`, with the files or the server it is from."""
     if name in BUILT_IN:
         lines = (load_attribute(BUILT_IN[name], "reward").__doc__ or "").splitlines()
         section = getattr(scorers, "hps" if name.startswith("hps") else name, None)

@@ -1,4 +1,4 @@
-"""Where sampled images go: one sheet of all, or a folder that an interrupted job goes on with.
+"""Destinations of sampled images: one sheet of all, or a folder that an interrupted job goes on with.
 
 Either is told first whether it can be written, then takes uint8 images a batch at a time, and keeps no more of them in
 memory than the thumbnails of a sheet.
@@ -30,7 +30,7 @@ _SHEET_SIDE = 4096
 
 
 class Samples(Protocol):
-    """What takes the images of a list of prompts."""
+    """A destination of the images of a list of prompts."""
 
     def begin(self, settings: Mapping[str, Any]) -> int:
         """Records how the images are made; returns the place of the first that is not there yet."""

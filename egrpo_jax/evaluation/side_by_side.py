@@ -24,13 +24,13 @@ Features = Callable[[Any], Any]
 Columns = dict[str, Scores]
 """Scores `[P, S]` of S images of each of P prompts, by the reward's name or another measure's."""
 SHOWN = 8
-"""Most gains, and most losses, in pictures."""
+"""Most gains, and most losses, that are shown."""
 _SHOWN_SIDE = 384
 
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-    """How images are judged.
+    """A way to judge images.
 
     Attributes:
       rewards: by name.
@@ -52,11 +52,11 @@ class Pair(NamedTuple):
 
     prompt: str
     scores: tuple[float, float]
-    pictures: tuple[np.ndarray, np.ndarray]
+    images: tuple[np.ndarray, np.ndarray]
 
 
 class Results(NamedTuple):
-    """What came out: the scores of each model, the extremes of the second, and the images' size (H, W)."""
+    """The scores of each model, the extremes of the second, and the images' size (H, W)."""
 
     scores: list[Columns]
     pairs: list[Pair]
@@ -94,11 +94,11 @@ def sample_and_score(
             scores = [_scores(judging, batch_of_one) for batch_of_one in handed_in]
             for of_model, new in zip(parts, scores, strict=True):
                 of_model.append(new)
-            pictures = [batch_of_one.pictures for batch_of_one in handed_in]
+            images = [batch_of_one.images for batch_of_one in handed_in]
             if len(models) == 2:
-                pairs = extremes(pairs + _pairs(part, [new[judging.judge] for new in scores], pictures))
+                pairs = extremes(pairs + _pairs(part, [new[judging.judge] for new in scores], images))
     joined = [{name: Scores.join([part[name] for part in of_model]) for name in of_model[0]} for of_model in parts]
-    return Results(joined, pairs, pictures[0].shape[1:3])
+    return Results(joined, pairs, images[0].shape[1:3])
 
 
 class _Batch(NamedTuple):
@@ -106,7 +106,7 @@ class _Batch(NamedTuple):
 
     pending: list[dict[str, Pending[Scores]]]
     features: list[np.ndarray]
-    pictures: np.ndarray
+    images: np.ndarray
 
 
 def _sample(
@@ -115,13 +115,13 @@ def _sample(
     """Samples, and hands the images in for scoring, which goes on meanwhile if it is done on another machine."""
     batch = _Batch([], [], np.empty(0))
     for sample in range(judging.samples):
-        images = sampler(params, prompts, jax.random.key(seed + sample), first)
-        pictures = np.concatenate([part for _, part in images])
-        batch.pending.append({name: reward.start(pictures, prompts) for name, reward in judging.rewards.items()})
+        batches = sampler(params, prompts, jax.random.key(seed + sample), first)
+        images = np.concatenate([part for _, part in batches])
+        batch.pending.append({name: reward.start(images, prompts) for name, reward in judging.rewards.items()})
         if judging.features is not None:
-            batch.features.append(np.asarray(judging.features(pictures)))
+            batch.features.append(np.asarray(judging.features(images)))
         if not sample:
-            batch = batch._replace(pictures=pictures)
+            batch = batch._replace(images=images)
         bar.update(len(prompts))
     return batch
 
@@ -137,14 +137,14 @@ def _scores(judging: Judging, batch: _Batch) -> Columns:
     return columns
 
 
-def _pairs(prompts: Sequence[str], scores: Sequence[Scores], pictures: Sequence[np.ndarray]) -> list[Pair]:
-    """Those of a batch that have both scores, and may be among the extremes of all."""
+def _pairs(prompts: Sequence[str], scores: Sequence[Scores], images: Sequence[np.ndarray]) -> list[Pair]:
+    """The pairs of a batch that have both scores, and may be among the extremes of all."""
     places = np.flatnonzero(np.all([of_model.came[:, 0] for of_model in scores], axis=0)).tolist()
     base, tuned = (of_model.values[:, 0].tolist() for of_model in scores)
-    # Sorted before anything is copied: the pictures of all would be much.
-    bare = [Pair(prompts[i], (base[i], tuned[i]), (pictures[0][i], pictures[1][i])) for i in places]
-    small = lambda picture: shrink(to_uint8(picture), _SHOWN_SIDE)
-    return [pair._replace(pictures=(small(pair.pictures[0]), small(pair.pictures[1]))) for pair in extremes(bare)]
+    # Sorted before anything is copied: the images of all would be much.
+    bare = [Pair(prompts[i], (base[i], tuned[i]), (images[0][i], images[1][i])) for i in places]
+    small = lambda image: shrink(to_uint8(image), _SHOWN_SIDE)
+    return [pair._replace(images=(small(pair.images[0]), small(pair.images[1]))) for pair in extremes(bare)]
 
 
 def compare_all(scores: Sequence[Columns], judging: Judging, trained: Sequence[str]) -> list[Comparison]:
@@ -173,7 +173,7 @@ def score_lines(prompts: Sequence[str], scores: Sequence[Columns]) -> str:
 
 
 def gain(pair: Pair) -> float:
-    """By how much the judge likes the second image more."""
+    """The judge's score of the second image minus that of the first."""
     return pair.scores[1] - pair.scores[0]
 
 
@@ -193,7 +193,7 @@ def gains_and_losses(pairs: Sequence[Pair], judge: str) -> Image.Image | None:
         ("losses", [pair for pair in reversed(pairs) if gain(pair) < 0]),
     ):
         if chosen:
-            old, new = (np.stack([pair.pictures[side] for pair in chosen]) / 255 for side in (0, 1))
+            old, new = (np.stack([pair.images[side] for pair in chosen]) / 255 for side in (0, 1))
             captions = [f"{pair.scores[0]:.3f} to {pair.scores[1]:.3f}: {pair.prompt}" for pair in chosen]
             title = f"the {len(chosen)} largest {word} under {judge}, of the first image of each prompt"
             sheets.append(before_after(old, new, captions, title, ("base", "tuned")))

@@ -49,9 +49,9 @@ def grid(
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
     """`image [H, W, 3]`, uint8, reduced so that neither side is longer than `side`."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.array(picture)
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.array(thumbnail)
 
 
 def before_after(

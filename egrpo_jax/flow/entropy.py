@@ -38,7 +38,7 @@ def exp_entropy(times: Times, step: int, merge: int, noise_level: float) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """How many grid steps one random step spans; `clamped` if even the longest span stays below the threshold."""
+    """The number of grid steps in one random step; `clamped` if even the longest span stays below the threshold."""
 
     length: int
     clamped: bool = False

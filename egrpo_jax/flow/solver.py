@@ -72,5 +72,5 @@ def solve(
 
 
 def tail_steps(num_steps: int, start: Any, stride: Any) -> Any:
-    """How many steps `solve` takes on a grid of `num_steps`: ceil((T - start) / stride)."""
+    """The number of steps that `solve` takes on a grid of `num_steps`: ceil((T - start) / stride)."""
     return (num_steps - start + stride - 1) // stride

@@ -45,7 +45,7 @@ def sde_kernel(
       latents: x_t, `[B, ...]`, float32.
       velocity: v(x_t, t), like `latents`.
       time, next_time: t > t' >= 0, `[B]` or `[]`.
-      sigma: diffusion coefficient at t, `[B]` or `[]`; see `flow.schedule.sigma`.
+      sigma: diffusion coefficient at t, `[B]` or `[]`; see `flow.entropy.sigma`.
 
     Returns:
       mean `[B, ...]` and std `[B, 1, ...]`.

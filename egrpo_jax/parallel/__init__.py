@@ -1,0 +1,1 @@
+"""The device mesh, and how parameters and samples lie on it."""

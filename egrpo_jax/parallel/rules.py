@@ -1,4 +1,4 @@
-"""Which parameters are sharded over which mesh axes: regular expressions on their paths."""
+"""Rules of sharding: regular expressions on the paths of parameters, and the mesh axes that these are split over."""
 
 from __future__ import annotations
 

@@ -69,8 +69,9 @@ class Pipeline:
         return self._load(mesh, self.abstract_params)
 
     def load_frozen(self, mesh: Mesh) -> dict[str, Any]:
-        """Those that training does not change, None in place of the others: the second part of `partition(params,
-        trainable)`. Top-level entries that are trained whole are not read: a run's are in its checkpoint.
+        """The parameters that training does not change, None in place of the others.
+
+        That is the second part of `partition(params, trainable)`. Top-level entries that are trained whole are not read: a run's are in its checkpoint.
 
         Raises:
           UserError: as `load`.
@@ -114,7 +115,7 @@ class PromptEncoder(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What determines the embeddings, as JSON values."""
+        """The settings that determine the embeddings, as JSON values."""
 
     def __call__(self, prompts: Sequence[str], /) -> Any:
         """The conditioning of B prompts: a NamedTuple of arrays with leading axis B."""
@@ -122,7 +123,7 @@ class PromptEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `convert` is to write.
+    """An order to `convert`.
 
     Attributes:
       out: the file or folder, a new one.

@@ -1,1 +1,1 @@
-"""How the embedded models are made: text encoder, image towers, flow model. One file each, one shared loop."""
+"""The making of the embedded models: text encoder, image towers, flow model. One file each, one shared loop."""

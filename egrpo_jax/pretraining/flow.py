@@ -1,4 +1,4 @@
-"""The flow model: a small FLUX over patches of pixels, trained by flow matching on the emoji's pictures.
+"""The flow model: a small FLUX over patches of pixels, trained by flow matching on the emoji's images.
 
 It is stopped on purpose before it has converged: reinforcement learning needs something left to learn.
 """

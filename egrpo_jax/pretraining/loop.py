@@ -61,7 +61,7 @@ class Optim:
 
 
 class State(NamedTuple):
-    """What a step changes; `average` is the exponential moving average of `params`."""
+    """The state that a step changes; `average` is the exponential moving average of `params`."""
 
     params: Any
     average: Any
@@ -108,5 +108,5 @@ def rounded(params: Any) -> Any:
 
 
 def count(params: Any) -> int:
-    """How many numbers `params` holds."""
+    """The number of numbers in `params`."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""The reward towers, trained to tell every emoji's picture, corrupted, from all others by its name."""
+"""The reward towers, trained to tell every emoji's image, corrupted, from all others by its name."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _own(name: str) -> Reward:
 
 
 def _takes(function: Any, count: int) -> bool:
-    """Whether `function` can be called with `count` arguments, as far as it tells."""
+    """Tells if `function` can be called with `count` arguments, as far as it tells."""
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:

@@ -92,7 +92,7 @@ class Branch:
 
     @property
     def merge(self) -> int:
-        """How many grid steps it spans."""
+        """The number of grid steps that it spans."""
         return self.stop - self.step
 
 

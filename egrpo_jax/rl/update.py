@@ -24,7 +24,7 @@ class LearnerConfig:
     """The config section `learner`.
 
     Attributes:
-      schedule: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
+      updates: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
         one update for each active step, in order, the later ones off-policy (the E-GRPO and G2RPO codes).
       clip_range: the ratio is clipped to 1 plus or minus this; float32 tells nothing below 1e-7 from 1.
       advantage_clip: advantages are clipped to plus or minus this.
@@ -34,7 +34,7 @@ class LearnerConfig:
         keeps none.
     """
 
-    schedule: Literal["joint", "per_active_step"] = "joint"
+    updates: Literal["joint", "per_active_step"] = "joint"
     clip_range: Annotated[float, Range(1e-7, 1000)] = 1e-4
     advantage_clip: Annotated[float, Range(1e-3, 10**6)] = 5.0
     micro_batch: Count | None = None
@@ -52,7 +52,7 @@ class Skipped(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training changes; `ema` is None where no average is kept."""
+    """The state that training changes; `ema` is None where no average is kept."""
 
     params: Any
     opt_state: Any
@@ -119,7 +119,7 @@ def policy_loss(
     return clipped_ratio_loss(scored, old, advantage, config.clip_range, config.advantage_clip)
 
 
-def update(
+def update_policy(
     velocity_fn: VelocityFn,
     optimizer: optax.GradientTransformation,
     config: LearnerConfig,
@@ -169,7 +169,7 @@ def update(
 def _micro_batches(transitions: Transitions, advantage: chex.Array, micro_batch: int, config: LearnerConfig) -> _Batch:
     """All states as `[U, M, B, ...]`: U updates, M micro-batches of each, B states of one active step."""
     num_prompts, num_active = advantage.shape[:2]
-    num_updates = num_active if config.schedule == "per_active_step" else 1
+    num_updates = num_active if config.updates == "per_active_step" else 1
     split = lambda x: x.swapaxes(0, 1).reshape(num_updates, -1, micro_batch, *x.shape[2:])
     chunk = jnp.tile(jnp.arange(num_prompts // micro_batch), num_active).reshape(num_updates, -1)
     return _Batch(jax.tree.map(split, transitions), split(advantage), None, chunk)

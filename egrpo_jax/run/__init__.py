@@ -1,0 +1,1 @@
+"""Traces of a run on disk: checkpoints, its workdir, metrics; and signals."""

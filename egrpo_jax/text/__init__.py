@@ -1,0 +1,1 @@
+"""Tokenizers, and the text encoder of the emoji task."""

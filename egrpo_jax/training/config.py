@@ -68,7 +68,7 @@ class EvaluationConfig:
       prompts: a built-in set, or a file as for training.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
-      kept: how many of the prompts, evenly spread, have their pictures kept; the last report chooses among them.
+      kept: how many of the prompts, evenly spread, have their images kept; the last report chooses among them.
     """
 
     prompts: str = "emoji_heldout"
@@ -138,5 +138,5 @@ class TrainConfig:
 
 
 def train_config(config: TrainConfig) -> ml_collections.ConfigDict:
-    """What a config file's `get_config` returns."""
+    """The ConfigDict that a config file's `get_config` returns."""
     return to_config_dict(config)

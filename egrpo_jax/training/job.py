@@ -1,4 +1,4 @@
-"""What stays the same during a run, and its compiled phases: all without a parameter in memory."""
+"""A run's constants and its compiled phases: all without a parameter in memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from egrpo_jax.rewards import CheckedReward, load_reward
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import Plan, make_plan
 from egrpo_jax.rl.rollout import Rollout, Transitions, roll_out
-from egrpo_jax.rl.update import TrainState, UpdateStats, update
+from egrpo_jax.rl.update import TrainState, UpdateStats, update_policy
 from egrpo_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that stays the same during a run but the parameters that are not trained."""
+    """The constants of a run, but for the parameters that are not trained."""
 
     config: TrainConfig
     plan: Plan
@@ -96,7 +96,7 @@ def make_steps(job: Job) -> Steps:
         state: TrainState, frozen: Any, transitions: Transitions, advantage: chex.Array, conditioning: Any
     ) -> tuple[TrainState, UpdateStats]:
         velocity = lambda trained, *inputs: pipeline.velocity(combine(trained, frozen), *inputs)
-        return update(
+        return update_policy(
             velocity, job.optimizer, job.config.learner, state, transitions, advantage, conditioning, axis_name=DATA
         )
 

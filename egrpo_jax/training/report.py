@@ -1,4 +1,4 @@
-"""What people see of a run: evaluations, the progress bar, the last table and pictures."""
+"""A run as people see it: evaluations, the progress bar, the last table and images."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def _warn(line: str) -> None:
 
 
 def kept_prompts(job: Job) -> list[str]:
-    """The prompts of the pictures that an `Evaluation` keeps."""
+    """The prompts of the images that an `Evaluation` keeps."""
     places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
     return [job.evaluation_prompts[place] for place in places]
 
 
 def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
-    """Pictures of the first and the last evaluation: some evenly spread, and the largest gains where more are kept.
+    """Images of the first and the last evaluation: some evenly spread, and the largest gains where more are kept.
 
     The gains are those of the first held-out reward, or of the first trained one where none is held out.
     """
@@ -124,7 +124,7 @@ def show(bar: tqdm.tqdm, config: TrainConfig, numbers: dict[str, float]) -> None
 
 
 def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
-    """The run's last words: a table of what changed on the evaluation prompts, and the pictures."""
+    """Prints a table of what changed on the evaluation prompts, and draws the figures."""
     config, first, last = job.config, history[0], history[-1]
     numbers = evaluation_numbers(first, last)
     print(f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, paired change with its 95 % interval:")
@@ -150,4 +150,4 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         workdir / "entropy.png",
     )
     images.save_image(before_after(job, first, last), workdir / "before_after.png")
-    print(f"pictures: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
+    print(f"images: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")

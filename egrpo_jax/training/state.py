@@ -1,4 +1,4 @@
-"""What changes during a run, and how it is kept in checkpoints."""
+"""The state of a run, and its way into checkpoints and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from egrpo_jax.training.job import Job
 
 
 class Progress(NamedTuple):
-    """Where a run is: `iteration` iterations completed, `position` prompts used, and the key of all its noise."""
+    """The point that a run has reached: iterations completed, prompts used, and the key of all its noise."""
 
     state: TrainState
     key: chex.PRNGKey

@@ -1,0 +1,1 @@
+"""Weights on disk: files, layouts, adapters, and the names of the published models."""

@@ -63,7 +63,7 @@ def load_asset(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[Params, dict[str, Any]]:
-    """What `load_asset` would give, but `jax.ShapeDtypeStruct` in place of arrays: only the header is read.
+    """The result of `load_asset`, but `jax.ShapeDtypeStruct` in place of arrays: only the header is read.
 
     Raises:
       UserError: as `load_asset`.

@@ -98,7 +98,7 @@ class Published(dict[str, Any]):
         self.place, self.prefix = place, prefix
 
     def checked(self, keys: Mapping[str, Key], strict: bool = False) -> Published:
-        """Those of `keys` alone, with their defaults where they are absent.
+        """The entries of `keys` alone, with their defaults where they are absent.
 
         Args:
           keys: the table.

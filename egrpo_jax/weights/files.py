@@ -86,7 +86,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self.stored)
 
     def under(self, prefix: str) -> TensorFiles:
-        """Those tensors whose names begin with `prefix`, which is taken off: one model of a file that holds several."""
+        """The tensors whose names begin with `prefix`, which is taken off: one model of a file that holds several."""
         stored = {name.removeprefix(prefix): tensor for name, tensor in self.stored.items() if name.startswith(prefix)}
         return TensorFiles(self.path, stored)
 

@@ -37,7 +37,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Which scale a module's adapter has.
+    """The scale of each module's adapter.
 
     Attributes:
       source: how messages call the place that it was read from.
@@ -56,7 +56,7 @@ class AdapterConfig:
     rank_stabilized: bool
 
     def scale(self, module: str, rank: int) -> float:
-        """What `B A` of `module` is multiplied by.
+        """The factor of `B A` of `module`.
 
         Raises:
           UserError: the configuration says that the module has another rank.
@@ -159,7 +159,7 @@ def _patterns(source: str, fields: Mapping[str, Any], key: str) -> dict[str, flo
 
 
 def _ending(pattern: str) -> str:
-    """What a whole name must fit, by PEFT's rule: `pattern` is for some of its last parts."""
+    """The expression that a whole name must fit, by PEFT's rule: `pattern` is for some of its last parts."""
     return rf"(.*\.)?({pattern})"
 
 

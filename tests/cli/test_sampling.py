@@ -68,9 +68,9 @@ def test_a_batch_holds_little_that_is_thrown_away(most, prompts, batch):
     assert (found.batch, found.steps, found.shift) == (batch, config.plan.num_steps, config.plan.shift)
 
 
-def test_the_published_schedule_is_the_models():
-    chosen = sampling("--schedule=pipeline", "--steps=28")
+def test_the_published_grid_is_the_models():
+    chosen = sampling("--grid=pipeline", "--steps=28")
     found = chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=2.5), 1)
     assert (found.steps, found.shift) == (28, 2.5)
-    with pytest.raises(UserError, match="the model 'emoji' has no schedule of its own"):
+    with pytest.raises(UserError, match="the model 'emoji' has no grid of its own"):
         chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=None), 1)

@@ -10,6 +10,7 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import prompts_at, prompts_hash, read_prompts
 from egrpo_jax.evaluation.side_by_side import score_lines
+from egrpo_jax.rewards import Scores
 
 
 def test_a_text_file(tmp_path):
@@ -111,7 +112,7 @@ def test_long_and_large_values_beside_the_prompt(tmp_path):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_scores_of_an_evaluation_give_its_prompts(tmp_path, samples):
     prompts = ["a fox\u2028jumps", "a cat", "a cat", "a dog\nsleeps", "a cat"]
-    scores = {"hps": np.full((5, samples), np.nan)}
+    scores = {"hps": Scores.of(np.full((5, samples), np.nan))}
     assert read(tmp_path, "scores.jsonl", score_lines(prompts, [scores, scores])) == prompts
 
 

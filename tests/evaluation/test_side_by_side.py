@@ -158,14 +158,14 @@ def test_extremes_found_in_parts_are_those_of_all():
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_pictures_of_the_largest_gains_and_losses(samples):
+def test_images_of_the_largest_gains_and_losses(samples):
     found = results(judging(samples=samples))
     scores = [of_model["brightness"].values[:, 0] for of_model in found.scores]
     order = np.argsort(scores[0] - scores[1], kind="stable")
     assert found.pairs[0].prompt == PROMPTS[order[0]]
     assert found.pairs[-1].prompt == PROMPTS[order[-1]]
     for shown in found.pairs:
-        for side, picture in enumerate(shown.pictures):
+        for side, picture in enumerate(shown.images):
             assert shown.scores[side] == scores[side][PROMPTS.index(shown.prompt)]
             assert picture.mean() / 255 == pytest.approx(shown.scores[side], abs=1 / 255)
     both = gains_and_losses(found.pairs, "brightness")
@@ -174,9 +174,9 @@ def test_pictures_of_the_largest_gains_and_losses(samples):
     assert both.height == gains.height + losses.height
 
 
-def test_large_pictures_are_kept_small(monkeypatch):
+def test_large_images_are_kept_small(monkeypatch):
     monkeypatch.setattr("egrpo_jax.evaluation.side_by_side._SHOWN_SIDE", 2)
-    assert {picture.shape for p in results(judging()).pairs for picture in p.pictures} == {(2, 2, 3)}
+    assert {picture.shape for p in results(judging()).pairs for picture in p.images} == {(2, 2, 3)}
 
 
 def infinite_for_trees(images, prompts):

@@ -29,7 +29,7 @@ def load(folder):
 
 
 def images(pipeline, guidance=3.5):
-    """Images `[P, H, W, 3]` in [0, 1] from our noise, on the pipeline's own schedule."""
+    """Images `[P, H, W, 3]` in [0, 1] from our noise, on the pipeline's own grid."""
     import torch
 
     return pipeline(

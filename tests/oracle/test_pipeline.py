@@ -19,7 +19,7 @@ def run(program, config, *arguments):
 
 def sampled(config, out, prompts, *arguments):
     """Images `[P, H, W, 3]` in [0, 1], rounded to 1/255."""
-    flags = (f"--prompt_file={prompts}", f"--out={out}", "--schedule=pipeline", f"--steps={oracle.STEPS}")
+    flags = (f"--prompt_file={prompts}", f"--out={out}", "--grid=pipeline", f"--steps={oracle.STEPS}")
     run("sample", config, *flags, *arguments)
     entries = json.loads((out / "samples.json").read_text())["samples"]
     return np.stack([np.asarray(Image.open(out / entry["file"])) for entry in entries]) / 255

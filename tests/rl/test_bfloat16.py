@@ -11,7 +11,7 @@ from egrpo_jax.parallel.mesh import EXACT
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, init_state, update
+from egrpo_jax.rl.update import LearnerConfig, init_state, update_policy
 
 CONFIG = FluxConfig(
     in_channels=16, num_double_blocks=1, num_single_blocks=1, num_heads=2, head_dim=16, text_dim=24, pooled_dim=20,
@@ -46,13 +46,13 @@ def sampled():
 SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections", "blocks") for batch in (1, None)]
 
 
-@pytest.mark.parametrize(("remat", "micro_batch", "schedule"), [*SETTINGS, ("blocks", 1, "joint")])
-def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, schedule):
+@pytest.mark.parametrize(("remat", "micro_batch", "updates"), [*SETTINGS, ("blocks", 1, "joint")])
+def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, updates):
     params, transitions = sampled
     # So small a learning rate moves no float32: every update is at the parameters that sampled.
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-12))
-    config = LearnerConfig(schedule=schedule, micro_batch=micro_batch)
-    step = functools.partial(update, functools.partial(velocity, remat), optimizer, config)
+    config = LearnerConfig(updates=updates, micro_batch=micro_batch)
+    step = functools.partial(update_policy, functools.partial(velocity, remat), optimizer, config)
     advantage = jax.random.normal(jax.random.key(5), transitions.log_prob.shape)
     step = jax.jit(step, compiler_options=EXACT)
     _, stats = step(init_state(params, optimizer, config), transitions, advantage, (TEXT, POOLED))

@@ -1,4 +1,4 @@
-"""Updates: shared against separate forwards, schedules, accumulation, averages, what is not finite."""
+"""Updates: shared against separate forwards, joint and by step, accumulation, averages, what is not finite."""
 
 import functools
 
@@ -15,7 +15,7 @@ from egrpo_jax.rl.loss import clipped_ratio_loss
 from egrpo_jax.rl.optimizer import OptimConfig, last_learning_rate, make_optimizer, make_schedule
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, init_state, policy_log_prob, policy_loss, update
+from egrpo_jax.rl.update import LearnerConfig, init_state, policy_log_prob, policy_loss, update_policy
 from tests import toy
 
 PARAMS, TEXT = toy.params(), toy.conditioning(4)
@@ -28,7 +28,7 @@ OPTIM = OptimConfig(learning_rate=1e-3)
 def run(config, optim=OPTIM, steps=1, params=PARAMS, advantage=ADVANTAGE, transitions=TRANSITIONS, **given):
     optimizer = given.get("optimizer") or make_optimizer(optim)
     state, stats = given.get("state") or init_state(params, optimizer, config), None
-    step = jax.jit(functools.partial(update, toy.velocity, optimizer, config))
+    step = jax.jit(functools.partial(update_policy, toy.velocity, optimizer, config))
     for _ in range(steps):
         state, stats = step(state, transitions, advantage, TEXT)
     return state, stats
@@ -71,23 +71,23 @@ def test_one_shared_forward_equals_separate_forwards(params, step):
 
 
 def test_ratio_is_one_before_the_first_update():
-    for schedule in ("joint", "per_active_step"):
-        _, stats = run(LearnerConfig(schedule=schedule))
+    for updates in ("joint", "per_active_step"):
+        _, stats = run(LearnerConfig(updates=updates))
         assert stats.loss.ratio_deviation[0] <= 1e-6
         np.testing.assert_allclose(stats.loss.ratio[0], 1.0, atol=1e-6)
 
 
 def test_later_active_steps_are_off_policy():
-    _, stats = run(LearnerConfig(schedule="per_active_step"))
+    _, stats = run(LearnerConfig(updates="per_active_step"))
     assert stats.loss.ratio_deviation.shape == (4,)
     assert (stats.loss.ratio_deviation[1:] > 1e-5).all()
 
 
-def by_hand(schedule, config):
+def by_hand(updates, config):
     """The update rule restated: plain Python loops over states."""
     optimizer = make_optimizer(OPTIM)
     params, opt_state = PARAMS, make_optimizer(OPTIM).init(PARAMS)
-    groups = [[0], [1], [2], [3]] if schedule == "per_active_step" else [[0, 1, 2, 3]]
+    groups = [[0], [1], [2], [3]] if updates == "per_active_step" else [[0, 1, 2, 3]]
     for group in groups:
         total = jax.tree.map(jnp.zeros_like, params)
         for step in group:
@@ -101,13 +101,13 @@ def by_hand(schedule, config):
     return params
 
 
-@pytest.mark.parametrize("schedule", ["joint", "per_active_step"])
+@pytest.mark.parametrize("updates", ["joint", "per_active_step"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
-def test_schedules_and_accumulation_equal_plain_loops(schedule, micro_batch):
-    config = LearnerConfig(schedule=schedule, micro_batch=micro_batch)
+def test_updates_and_accumulation_equal_plain_loops(updates, micro_batch):
+    config = LearnerConfig(updates=updates, micro_batch=micro_batch)
     state, stats = run(config)
-    chex.assert_trees_all_close(state.params, by_hand(schedule, config), atol=2e-6)
-    assert stats.grad_norm.shape == ((1,) if schedule == "joint" else (4,))
+    chex.assert_trees_all_close(state.params, by_hand(updates, config), atol=2e-6)
+    assert stats.grad_norm.shape == ((1,) if updates == "joint" else (4,))
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused():
@@ -125,8 +125,8 @@ def test_moving_average():
 def test_old_log_probabilities_are_those_of_the_updates_own_forward_pass():
     """Whatever rounding the rollout's have, the ratio is 1 before the first update, and the rounding is measured."""
     rounded = TRANSITIONS._replace(log_prob=TRANSITIONS.log_prob + 3e-4)
-    for schedule in ("joint", "per_active_step"):
-        config = LearnerConfig(schedule=schedule)
+    for updates in ("joint", "per_active_step"):
+        config = LearnerConfig(updates=updates)
         (state, stats), (exact, _) = run(config, transitions=rounded), run(config)
         np.testing.assert_allclose(stats.loss.ratio[0], 1.0, atol=1e-7)
         np.testing.assert_allclose(stats.rollout_deviation[0], 3e-4, rtol=2e-2)

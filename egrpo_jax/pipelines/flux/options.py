@@ -1,4 +1,4 @@
-"""What can be chosen about FLUX.1."""
+"""Options of FLUX.1."""
 
 from __future__ import annotations
 

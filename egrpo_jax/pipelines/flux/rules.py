@@ -1,4 +1,4 @@
-"""How the parameters of FLUX.1 are sharded."""
+"""Rules by which the parameters of FLUX.1 are sharded."""
 
 from __future__ import annotations
 

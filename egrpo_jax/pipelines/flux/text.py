@@ -30,7 +30,7 @@ class FluxTextEncoder:
 
     @property
     def settings(self) -> dict[str, int | str]:
-        """What determines the embeddings, as JSON values."""
+        """The settings that determine the embeddings, as JSON values."""
         models = self._loaded()
         return {
             "text_tokens": models.text_tokens,

@@ -1,0 +1,1 @@
+"""The tensors of published models, by name, shape and form."""
