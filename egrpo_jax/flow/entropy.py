@@ -1,9 +1,9 @@
 r"""The noise of an SDE step, its entropy, and the merging of steps.
 
-The SDE step from t over a span D = t - t' has the standard deviation sigma_t sqrt(D) with
+The SDE step from t over a span dt = t - t' has the standard deviation sigma_t sqrt(dt) with
 sigma_t = a sqrt(t / (1 - t)), hence the differential entropy per latent dimension
 
-    h / d = 1/2 log(2 pi e sigma_t^2 D).
+    h / d = 1/2 log(2 pi e sigma_t^2 dt).
 
 E-GRPO (arXiv:2601.00423, section 4) merges l grid steps into one random step, l being the smallest number for which
 e^{h/d} reaches a threshold tau. All functions here run on the host in float64: a plan is static.
@@ -29,7 +29,7 @@ def sigma(times: Times, step: int, noise_level: float) -> float:
 
 
 def exp_entropy(times: Times, step: int, merge: int, noise_level: float) -> float:
-    """e^{h/d} = sqrt(2 pi e) sigma_t sqrt(D) of the SDE step that starts at `step` and spans `merge` grid steps."""
+    """e^{h/d} = sqrt(2 pi e) sigma_t sqrt(dt) of the SDE step that starts at `step` and spans `merge` grid steps."""
     if not (0 <= step < step + merge < len(times)):
         raise ValueError(f"step {step} merging {merge} leaves the grid of {len(times) - 1} steps")
     span = times[step] - times[step + merge]

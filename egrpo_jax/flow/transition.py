@@ -1,9 +1,9 @@
 r"""One transition t -> t' of a flow, deterministic or random.
 
-With D = t - t' > 0, velocity v = noise - data and diffusion coefficient sigma, the SDE of Flow-GRPO
+With dt = t - t' > 0, velocity v = noise - data and diffusion coefficient sigma, the SDE of Flow-GRPO
 (arXiv:2505.05470, eq. 12), which E-GRPO uses, is discretised as
 
-    mean = x - D [ v + sigma^2 / (2 t) (x + (1 - t) v) ],      std = sigma sqrt(D),      x' = mean + std e.
+    mean = x - dt [ v + sigma^2 / (2 t) (x + (1 - t) v) ],      std = sigma sqrt(dt),      x' = mean + std e.
 
 sigma = 0 gives the Euler step of the ODE. The same `kernel` draws a transition and scores a given one, so that the
 rollout and the loss cannot drift apart. Everything is float32.
@@ -32,7 +32,7 @@ def _over(scalar: chex.Array, latents: chex.Array) -> chex.Array:
 
 
 def euler_step(latents: chex.Array, velocity: chex.Array, time: chex.Array, next_time: chex.Array) -> chex.Array:
-    """The deterministic step x - D v of `latents [B, ...]`, for `time` and `next_time` of shape `[B]` or `[]`."""
+    """The deterministic step x - dt v of `latents [B, ...]`, for `time` and `next_time` of shape `[B]` or `[]`."""
     return latents - (_over(time, latents) - _over(next_time, latents)) * velocity
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from egrpo_jax.common.trees import path_name
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
-"""(regular expression found in a parameter's path, joined with '/'; the layout of its **last** axes). The first rule
+"""(regular expression found in a parameter's path, joined with '/'; the sharding of its **last** axes). The first rule
 that fits counts; a parameter that no rule fits is replicated."""
 
 INTO_TENSOR = PartitionSpec("fsdp", "tensor")
@@ -21,7 +21,7 @@ OUT_OF_TENSOR = PartitionSpec("tensor", "fsdp")
 
 
 def sharding(mesh: Mesh, rules: Rules, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """The layout of the parameter at `path`: an axis is split only where the mesh axis divides it."""
+    """The sharding of the parameter at `path`: an axis is split only where the mesh axis divides it."""
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), PartitionSpec())
     leading = len(shape) - len(spec)
     if leading < 0:
@@ -34,21 +34,16 @@ def sharding(mesh: Mesh, rules: Rules, path: str, shape: tuple[int, ...]) -> Nam
 
 
 def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """The layout of every leaf of `tree` (arrays, or `jax.ShapeDtypeStruct`)."""
+    """The sharding of every leaf of `tree` (arrays, or `jax.ShapeDtypeStruct`)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: sharding(mesh, rules, path_name(path), jax.numpy.shape(leaf)), tree
     )
 
 
 def with_shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """`tree` (arrays, or `jax.ShapeDtypeStruct`) as `jax.ShapeDtypeStruct`, each leaf with its layout."""
+    """`tree` (arrays, or `jax.ShapeDtypeStruct`) as `jax.ShapeDtypeStruct`, each leaf with its sharding."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         tree,
         shardings(mesh, rules, tree),
     )
-
-
-def lay_out(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """`tree` on the devices of `mesh`; arrays that lie there already are not copied."""
-    return jax.device_put(tree, shardings(mesh, rules, tree))

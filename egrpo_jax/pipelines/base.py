@@ -71,7 +71,8 @@ class Pipeline:
     def load_frozen(self, mesh: Mesh) -> dict[str, Any]:
         """The parameters that training does not change, None in place of the others.
 
-        That is the second part of `partition(params, trainable)`. Top-level entries that are trained whole are not read: a run's are in its checkpoint.
+        That is the second part of `partition(params, trainable)`. Top-level entries that are trained whole are not
+        read: a run's are in its checkpoint.
 
         Raises:
           UserError: as `load`.

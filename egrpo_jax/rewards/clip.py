@@ -28,13 +28,13 @@ from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.models.clip import ClipConfig, LinearHead
+from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.batched import Batched
 from egrpo_jax.rewards.clip_files import (
     LoadedClip,
     load_clip,
     load_hps,
     load_transformers_clip,
-    on_every_device,
     open_weights,
 )
 from egrpo_jax.rewards.config import ScorersConfig
@@ -164,7 +164,7 @@ def aesthetic(scorers: ScorersConfig, mesh: Mesh) -> AestheticReward:
     clip = load_clip(scorers.aesthetic.clip, scorers.dtype, mesh)
     inputs = jax.ShapeDtypeStruct((1, clip.model.config.dim), jnp.float32)
     shapes = jax.eval_shape(_head().init, jax.random.key(0), inputs)["params"]
-    params = load_params(open_weights(Path(path)), _head_layout(), on_every_device(shapes, mesh))
+    params = load_params(open_weights(Path(path)), _head_layout(), with_shardings(mesh, (), shapes))
     # OpenAI's own, with which the head was trained, also where transformers publishes the model.
     clip = clip._replace(preprocess=Preprocess(clip.model.config.vision.image_size))
     return AestheticReward(clip, params, scorers.batch, mesh)

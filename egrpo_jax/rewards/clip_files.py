@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig
-from egrpo_jax.parallel.mesh import REPLICATED
+from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import read_config, read_object
@@ -139,7 +138,7 @@ def _load(
     tokenize: Tokenize,
 ) -> LoadedClip:
     model = Clip(config, jnp.dtype(dtype), jnp.dtype(dtype))
-    params = load_params(files, layout(config), on_every_device(clip_shapes(model), mesh), clip.IGNORED)
+    params = load_params(files, layout(config), with_shardings(mesh, (), clip_shapes(model)), clip.IGNORED)
     return LoadedClip(model, params, preprocess, tokenize)
 
 
@@ -148,12 +147,6 @@ def clip_shapes(model: Clip) -> Params:
     size = model.config.vision.image_size
     inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-
-
-def on_every_device(shapes: chex.ArrayTree, mesh: Mesh) -> Params:
-    """`shapes`, to be held whole by each device of `mesh`."""
-    place = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
 def _preprocess_from_open_clip(published: Mapping[str, Any], size: int) -> Preprocess:

@@ -10,10 +10,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from egrpo_jax.models.blip import Blip, BlipConfig
-from egrpo_jax.parallel.mesh import REPLICATED
+from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.batched import Batched
 from egrpo_jax.rewards.config import ScorersConfig
 from egrpo_jax.rewards.preprocess import Preprocess
@@ -72,5 +72,4 @@ def _template(model: Blip, mesh: Mesh) -> dict[str, Any]:
     size = model.config.image_size
     inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    place = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    return with_shardings(mesh, (), shapes)

@@ -129,11 +129,6 @@ class Plan:
         return len(self.branches)
 
     @property
-    def forward_passes(self) -> int:
-        """All forward passes of one prompt: rollout and update."""
-        return self.rollout_passes + self.training_passes
-
-    @property
     def forward_equivalents(self) -> int:
         """The work of one prompt in forward passes: a backward pass is two, what remat repeats does not count."""
         return self.rollout_passes + 3 * self.training_passes

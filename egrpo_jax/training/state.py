@@ -62,8 +62,8 @@ def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change
 def _first_state(job: Job, trained: Any, abstract: TrainState) -> TrainState:
     """The state before the first update, whose parameters are `trained` themselves."""
     rest = lambda params: init_state(params, job.optimizer, job.config.learner)._replace(params=None)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract._replace(params=None))
-    return jax.jit(rest, out_shardings=places)(trained)._replace(params=trained)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract._replace(params=None))
+    return jax.jit(rest, out_shardings=shardings)(trained)._replace(params=trained)
 
 
 def policy_params(state: TrainState) -> Any:
