@@ -68,8 +68,12 @@ INDEX = {
 
 
 def get_config(folder):
-    """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters."""
-    path, _, lora = folder.partition(",")
+    """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters.
+
+    `...:FOLDER,bfloat16` computes in that, and its updates, one for each active step, move no parameter.
+    """
+    path, _, variant = folder.partition(",")
+    still = variant == "bfloat16"
     return train_config(
         TrainConfig(
             name="tiny_flux",
@@ -82,16 +86,16 @@ def get_config(folder):
                     height=SIZE,
                     width=SIZE,
                     text_tokens=TEXT_TOKENS,
-                    lora=FluxLora(rank=2, alpha=4.0) if lora else None,
-                    dtype="float32",
+                    lora=FluxLora(rank=2, alpha=4.0) if variant == "lora" else None,
+                    dtype="bfloat16" if still else "float32",
                     decode_batch=3,
                 ),
             ),
             rewards=RewardsConfig(train=("tests.toy:brightness",)),
             plan=PlanConfig(num_steps=4, group_size=3),
-            learner=LearnerConfig(micro_batch=1),
+            learner=LearnerConfig(micro_batch=1, updates="per_active_step" if still else "joint"),
             # A large epsilon: AdamW would else blow gradients that are rounding errors up to whole steps.
-            optim=OptimConfig(learning_rate=1e-2, eps=1e-3),
+            optim=OptimConfig(learning_rate=1e-12 if still else 1e-2, eps=1e-3),
             evaluation=EvaluationConfig(prompts="emoji_heldout", every=2, batch=4, kept=2),
             checkpoint=CheckpointConfig(every=1),
         )

@@ -38,7 +38,8 @@ def main(config_file, out, *axes):
         for _ in range(3):
             progress, metrics = run_iteration(job, steps, frozen, progress, PhaseTimer())
     leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
-    np.savez(Path(out), reward=metrics[f"reward/{config.rewards.train[0]}/mean"], **leaves)
+    numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
+    np.savez(Path(out), **numbers, **leaves)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,14 @@ def test_flux_with_sharded_parameters(tmp_path, lora):
     assert_same(run(config, tmp_path / "eight.npz", 2, 2, 2), run(config, tmp_path / "one.npz", 1, 1, 1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_ratio_is_one_in_bfloat16_until_the_parameters_move(tmp_path, axes):
+    folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
+    found = run(f"tests/tiny_flux.py:{folder},bfloat16", tmp_path / "eight.npz", *axes)
+    assert found["ratio"] <= 1e-6
+
+
 def test_meshes_that_do_not_fit_the_devices():
     assert make_mesh(MeshConfig()).shape == {"data": 1, "fsdp": 1, "tensor": 1}
     assert make_mesh(MeshConfig(data=1, tensor=-1)).shape["tensor"] == 1
