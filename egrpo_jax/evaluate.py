@@ -25,8 +25,7 @@ from egrpo_jax.common.atomic import atomic_write, check_new_folder, new_folder
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
-from egrpo_jax.evaluation import protocol
-from egrpo_jax.evaluation import statistics as comparison
+from egrpo_jax.evaluation import protocol, statistics
 from egrpo_jax.evaluation.side_by_side import (
     Judging,
     Results,
@@ -130,7 +129,7 @@ def main() -> None:
     }
     comparisons = compare_all(results.scores, judging, trained)
     table = protocol.document(comparisons, made)
-    record = {"scores": [comparison.as_json(row) for row in comparisons], "protocol": made}
+    record = {"scores": [statistics.as_json(row) for row in comparisons], "protocol": made}
     write(out, table, record, prompts, results, judging.judge)
     print(f"{table}\n{out}: table.md, table.json, scores.jsonl and, if anything changed, gains.png")
 

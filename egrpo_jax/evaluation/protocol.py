@@ -13,13 +13,13 @@ import jax
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.data.prompts import prompts_hash
-from egrpo_jax.evaluation import statistics as comparison
+from egrpo_jax.evaluation import statistics
 from egrpo_jax.pipelines import ModelConfig, Pipeline
 from egrpo_jax.rewards import ScorersConfig
 from egrpo_jax.rewards.registry import BUILT_IN
 from egrpo_jax.run.workdir import recorded_config
 
-INTERVALS = f"95 % percentile bootstrap over prompts, {comparison.RESAMPLES} resamples, seed {comparison.SEED}"
+INTERVALS = f"95 % percentile bootstrap over prompts, {statistics.RESAMPLES} resamples, seed {statistics.SEED}"
 
 
 def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[str, ...]:
@@ -79,12 +79,12 @@ def _bare(url: str) -> str:
     return url.partition("?")[0]
 
 
-def document(comparisons: Sequence[comparison.Comparison], protocol: Mapping[str, Any]) -> str:
+def document(comparisons: Sequence[statistics.Comparison], protocol: Mapping[str, Any]) -> str:
     """The table in Markdown, how to read it, and all of `protocol` but the config."""
     shown = {key: value for key, value in protocol.items() if key not in ("rewards", "config")}
     return "\n".join(
         [
-            comparison.markdown(comparisons),
+            statistics.markdown(comparisons),
             "Means over prompts with 95 % intervals. Change: tuned minus base, paired by prompt and noise. Win rate: "
             "share of prompts\nwhere tuned is better, ties counting half. Missing: prompts left out because a score "
             "never came.\n",

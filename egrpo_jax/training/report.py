@@ -25,8 +25,7 @@ from egrpo_jax.evaluation.history import (
     save_evaluation,
 )
 from egrpo_jax.evaluation.sampler import Sampler
-from egrpo_jax.figures import grids as images
-from egrpo_jax.figures import plots
+from egrpo_jax.figures import grids, plots
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
@@ -66,8 +65,8 @@ class Evaluator:
         save_evaluation(self._workdir, now, self._prompts)
         captions = kept_prompts(job)
         shown = even_places(len(captions), SHOWN)
-        sheet = images.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
-        images.save_image(sheet, self._workdir / "eval" / f"{progress.iteration:06d}.png")
+        sheet = grids.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
+        grids.save_image(sheet, self._workdir / "eval" / f"{progress.iteration:06d}.png")
         for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
             _warn(f"iteration {progress.iteration}: {line}")
         return evaluation_numbers(self.history[0], now)
@@ -106,9 +105,9 @@ def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
     chosen = {f"{min(SHOWN, len(prompts))} of {len(places)} prompts, evenly spread": even_places(len(prompts), SHOWN)}
     if len(prompts) > SHOWN:
         chosen[f"the {SHOWN // 2} largest gains under {judge}"] = np.argsort(-gains)[: SHOWN // 2]
-    return images.stack(
+    return grids.stack(
         [
-            images.before_after(first.images[rows], last.images[rows], [prompts[i] for i in rows], title)
+            grids.before_after(first.images[rows], last.images[rows], [prompts[i] for i in rows], title)
             for title, rows in chosen.items()
         ]
     )
@@ -149,5 +148,5 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         config.plan.entropy_threshold,
         workdir / "entropy.png",
     )
-    images.save_image(before_after(job, first, last), workdir / "before_after.png")
+    grids.save_image(before_after(job, first, last), workdir / "before_after.png")
     print(f"images: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
