@@ -33,6 +33,7 @@ PORT = flags.DEFINE_integer(
 
 
 def main() -> None:
+    """Loads the reward and serves it until a signal."""
     config = {} if CONFIG.value is None else CONFIG.value.to_dict().get("scorers", {})
     reward = load_reward(REWARD.value, from_config_dict(ScorersConfig, config, prefix="scorers."))
     try:

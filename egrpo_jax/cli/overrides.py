@@ -21,9 +21,11 @@ class OrNone(flags.ArgumentParser):
         self._parser = parser
 
     def parse(self, argument: Any) -> Any:
+        """Reads "None", or whatever the parser behind it takes. Raises ValueError as that does."""
         return None if argument == "None" else self._parser.parse(argument)
 
     def flag_type(self) -> str:
+        """Returns the kind of value, for people."""
         return self._parser.flag_type()
 
 
@@ -31,6 +33,7 @@ class SectionParser(flags.ArgumentParser):
     """A whole section, written as a dict; the config file's own passes as it is."""
 
     def parse(self, argument: Any) -> ml_collections.ConfigDict:
+        """Reads a dict. Raises ValueError if it is none."""
         if isinstance(argument, ml_collections.ConfigDict):
             return argument
         try:
@@ -42,6 +45,7 @@ class SectionParser(flags.ArgumentParser):
         return ml_collections.ConfigDict(value)
 
     def flag_type(self) -> str:
+        """Returns the kind of value, for people."""
         return "section"
 
 
