@@ -5,7 +5,7 @@
 Samples the model of the config, or with --workdir that of a training run, by the deterministic flow. An --out that
 ends in .png, .jpg, .jpeg or .webp is one sheet of all images, 256 at most. Any other is a folder: an image for each
 prompt, written as it comes, `samples.json`, `grid.png`; the same command goes on where it was interrupted. An image
-depends on the prompt, its place and the seed, never on --batch or the number of devices.
+depends on the prompt, its index and the seed, never on --batch or the number of devices.
 """
 
 from __future__ import annotations

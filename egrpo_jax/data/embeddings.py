@@ -57,31 +57,31 @@ class EmbeddingStore:
         if not shards:
             raise UserError(f"found no embeddings in {folder}; make them with python -m egrpo_jax.encode")
         self.prompts = [prompt for shard in shards for prompt in _shard_prompts(shard)]
-        self._places = {prompt_hash(prompt): place for place, prompt in enumerate(self.prompts)}
+        self._indices = {prompt_hash(prompt): index for index, prompt in enumerate(self.prompts)}
         self._records = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __contains__(self, prompt: object) -> bool:
-        return isinstance(prompt, str) and prompt_hash(prompt) in self._places
+        return isinstance(prompt, str) and prompt_hash(prompt) in self._indices
 
-    def __getitem__(self, place: int) -> Arrays:
+    def __getitem__(self, index: int) -> Arrays:
         try:
-            tensors = safetensors.deserialize(self._records[place])
+            tensors = safetensors.deserialize(self._records[index])
             return {
                 name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in tensors
             }
         except (RuntimeError, OSError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(
-                f"the embedding of {self.prompts[place]!r} in {self._folder} is damaged ({first_line(error)}); "
+                f"the embedding of {self.prompts[index]!r} in {self._folder} is damaged ({first_line(error)}); "
                 "make them anew"
             ) from None
 
     def lookup(self, prompts: Sequence[str]) -> Arrays:
         """The arrays of `prompts`, each with leading axis B. Raises KeyError for a prompt that is not there."""
-        records = [self[self._places[prompt_hash(prompt)]] for prompt in prompts]
+        records = [self[self._indices[prompt_hash(prompt)]] for prompt in prompts]
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 

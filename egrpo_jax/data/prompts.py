@@ -23,7 +23,7 @@ BUILT_IN: dict[str, Callable[[], Sequence[str]]] = {"emoji_train": train_names, 
 """Prompt sets that come with the package."""
 
 Placed = Iterator[tuple[str, str]]
-"""Prompts of a file, each after its place there: "line 3"."""
+"""Prompts of a file, each after its location there: "line 3"."""
 
 
 def read_prompts(source: str) -> list[str]:
@@ -42,7 +42,7 @@ def read_prompts(source: str) -> list[str]:
         return list(BUILT_IN[source]())
     expected, parse = _KINDS.get(Path(source).suffix.lower(), _TEXT)
     try:
-        prompts = [_checked(prompt, place) for place, prompt in parse(_read_text(source)) if _is_visible(prompt)]
+        prompts = [_checked(prompt, location) for location, prompt in parse(_read_text(source)) if _is_visible(prompt)]
     except _Fault as fault:
         raise UserError(f"prompt file {source}: {fault}; expected {expected}") from None
     if not prompts:
@@ -85,11 +85,11 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 """Letters and symbols that are drawn as nothing: Hangul fillers and the empty Braille pattern."""
 
 
-def _checked(prompt: str, place: str) -> str:
+def _checked(prompt: str, location: str) -> str:
     """The prompt without space at its ends. JSON can escape what is no text in UTF-8."""
     if wrong := re.search("[\0\ud800-\udfff]", prompt):
         what = "NUL" if wrong[0] == "\0" else f"half a character, \\u{ord(wrong[0]):04x},"
-        raise _Fault(f"{place} has {what} in its prompt")
+        raise _Fault(f"{location} has {what} in its prompt")
     return prompt.strip()
 
 
@@ -113,15 +113,15 @@ def _from_json(text: str) -> Placed:
     return _json_prompts((f"entry {number}", item) for number, item in enumerate(items, 1))
 
 
-def _parse_json(text: str, place: str, first_line: int) -> Any:
+def _parse_json(text: str, location: str, first_line: int) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_json_object, parse_int=_json_number)
     except json.JSONDecodeError as error:
         raise _Fault(f"line {first_line + error.lineno - 1} is no JSON ({error.msg})") from None
     except _Fault as fault:
-        raise _Fault(f"{place} {fault}") from None
+        raise _Fault(f"{location} {fault}") from None
     except RecursionError:
-        raise _Fault(f"{place} is nested too deeply") from None
+        raise _Fault(f"{location} is nested too deeply") from None
 
 
 def _json_object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def _json_number(digits: str) -> float:
 
 def _json_prompts(items: Iterable[tuple[str, Any]]) -> Placed:
     before = None
-    for place, item in items:
+    for location, item in items:
         if not _is_next_sample(item, before):
-            yield place, _json_prompt(item, place)
+            yield location, _json_prompt(item, location)
         before = item
 
 
@@ -152,18 +152,18 @@ def _is_next_sample(item: Any, before: Any) -> bool:
     return item.get("prompt") == before.get("prompt") and before.get("sample") == item["sample"] - 1
 
 
-def _json_prompt(item: Any, place: str) -> str:
-    prompt = item.get(_prompt_field(list(item), place)) if isinstance(item, dict) else item
+def _json_prompt(item: Any, location: str) -> str:
+    prompt = item.get(_prompt_field(list(item), location)) if isinstance(item, dict) else item
     if not isinstance(prompt, str):
-        raise _Fault(f"{place} is {reprlib.repr(item)}")
+        raise _Fault(f"{location} is {reprlib.repr(item)}")
     return prompt
 
 
-def _prompt_field(names: list[str], place: str) -> str | None:
+def _prompt_field(names: list[str], location: str) -> str | None:
     """The one of `names` that says that prompts are there."""
     found = [name for name in names if name.strip().lower() in ("prompt", "prompts")]
     if len(found) > 1:
-        raise _Fault(f"{place} has {len(found)} fields of prompts: {', '.join(map(repr, found))}")
+        raise _Fault(f"{location} has {len(found)} fields of prompts: {', '.join(map(repr, found))}")
     return found[0] if found else None
 
 
@@ -219,7 +219,7 @@ def prompts_at(prompts: Sequence[str], seed: int, position: int, count: int) -> 
     The order is a function of `seed` alone, so that a position is all a checkpoint needs to keep.
     """
     order = grain.MapDataset.source(list(prompts)).shuffle(seed=seed).repeat()
-    return [order[place] for place in range(position, position + count)]
+    return [order[index] for index in range(position, position + count)]
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:

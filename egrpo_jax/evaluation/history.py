@@ -42,20 +42,20 @@ def evaluate(
     Raises:
       UserError: no image of a batch is finite, or a reward cannot score them.
     """
-    places = set(even_places(len(prompts), kept).tolist())
+    indices = set(even_indices(len(prompts), kept).tolist())
     pending: list[dict[str, Pending[Scores]]] = []
     shown: list[np.ndarray] = []
     with tqdm(total=len(prompts), desc="evaluate", unit="image", leave=False, disable=None) as bar:
         for first, images in sampler(params, prompts, key):
             part = prompts[first : first + len(images)]
             pending.append({name: reward.start(images, part) for name, reward in rewards.items()})
-            shown.append(to_display(images[[row for row in range(len(images)) if first + row in places]]))
+            shown.append(to_display(images[[row for row in range(len(images)) if first + row in indices]]))
             bar.update(len(images))
     scores = {name: Scores.join([part[name]() for part in pending]) for name in rewards}
     return Evaluation(iteration, scores, np.concatenate(shown))
 
 
-def even_places(num_prompts: int, most: int) -> np.ndarray:
+def even_indices(num_prompts: int, most: int) -> np.ndarray:
     """Places of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
     return np.unique(np.linspace(0, num_prompts - 1, min(most, num_prompts)).round().astype(int))
 

@@ -37,9 +37,9 @@ class Sampler:
     def __call__(
         self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Batches of images `[B, H, W, 3]` in [0, 1], each with the place of its first one.
+        """Batches of images `[B, H, W, 3]` in [0, 1], each with the index of its first one.
 
-        A prompt's noise depends on `key` and its place alone, which is counted from `first` on.
+        A prompt's noise depends on `key` and its index alone, which is counted from `first` on.
 
         Raises:
           UserError: no image of a batch is finite.

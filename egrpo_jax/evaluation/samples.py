@@ -19,7 +19,7 @@ from PIL import Image
 
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError, first_line
-from egrpo_jax.evaluation.history import even_places
+from egrpo_jax.evaluation.history import even_indices
 from egrpo_jax.figures.grids import FORMATS, grid, save_image, shrink
 from egrpo_jax.run.workdir import describe, differences
 
@@ -33,10 +33,10 @@ class Samples(Protocol):
     """A destination of the images of a list of prompts."""
 
     def begin(self, settings: Mapping[str, Any]) -> int:
-        """Records how the images are made; returns the place of the first that is not there yet."""
+        """Records how the images are made; returns the index of the first that is not there yet."""
 
     def add(self, first: int, images: np.ndarray) -> None:
-        """Takes uint8 `images [B, H, W, 3]`, those of the prompts from place `first` on."""
+        """Takes uint8 `images [B, H, W, 3]`, those of the prompts from index `first` on."""
 
     def finish(self) -> None:
         """Writes what is made of all images together."""
@@ -86,7 +86,7 @@ class Folder:
         """Raises UserError if `out` cannot be written."""
         _check_writable(out, out)
         self._out, self._prompts = out, prompts
-        self._files = [out / f"{place:05d}.png" for place in range(len(prompts))]
+        self._files = [out / f"{index:05d}.png" for index in range(len(prompts))]
 
     def begin(self, settings: Mapping[str, Any]) -> int:
         """Writes `samples.json`; returns the number of images that were there already.
@@ -99,7 +99,7 @@ class Folder:
         text = json.dumps({**settings, "samples": samples}, indent=2, ensure_ascii=False) + "\n"
         if self._out.is_dir() and any(not path.name.startswith(".") for path in self._out.iterdir()):
             self._compare(json.loads(text))
-            return next((place for place, file in enumerate(self._files) if not file.is_file()), len(self._files))
+            return next((index for index, file in enumerate(self._files) if not file.is_file()), len(self._files))
         atomic_write(self._out / "samples.json", text)
         return 0
 
@@ -115,16 +115,16 @@ class Folder:
             raise UserError(f"{self._out} holds images made otherwise: {describe(changes)}; name a new folder")
 
     def add(self, first: int, images: np.ndarray) -> None:
-        """Writes uint8 `images [B, H, W, 3]`, those of the prompts from place `first` on."""
-        for place, image in enumerate(images, first):
-            save_image(Image.fromarray(image), self._files[place])
+        """Writes uint8 `images [B, H, W, 3]`, those of the prompts from index `first` on."""
+        for index, image in enumerate(images, first):
+            save_image(Image.fromarray(image), self._files[index])
 
     def finish(self) -> None:
         """Writes the grid, of at most `SHOWN` images, evenly spread."""
-        places = even_places(len(self._files), SHOWN)
-        images = (np.asarray(Image.open(self._files[place])) for place in places)
-        prompts = [self._prompts[place] for place in places]
-        save_image(_sheet(_thumbnails(images, len(places)), prompts), self._out / "grid.png")
+        indices = even_indices(len(self._files), SHOWN)
+        images = (np.asarray(Image.open(self._files[index])) for index in indices)
+        prompts = [self._prompts[index] for index in indices]
+        save_image(_sheet(_thumbnails(images, len(indices)), prompts), self._out / "grid.png")
 
 
 def _columns(count: int) -> int:

@@ -79,7 +79,7 @@ def sample_and_score(
 ) -> Results:
     """Samples and scores `prompts`, `batch` at once, by each of `models`: one parameter tree, or two to compare.
 
-    Image s of a prompt has the noise of its place and of `seed` + s: that which `sample` draws by that seed. The images
+    Image s of a prompt has the noise of its index and of `seed` + s: that which `sample` draws by that seed. The images
     of one batch at most are kept, and those of the pairs.
 
     Raises:
@@ -139,10 +139,10 @@ def _scores(judging: Judging, batch: _Batch) -> Columns:
 
 def _pairs(prompts: Sequence[str], scores: Sequence[Scores], images: Sequence[np.ndarray]) -> list[Pair]:
     """The pairs of a batch that have both scores, and may be among the extremes of all."""
-    places = np.flatnonzero(np.all([of_model.came[:, 0] for of_model in scores], axis=0)).tolist()
+    indices = np.flatnonzero(np.all([of_model.came[:, 0] for of_model in scores], axis=0)).tolist()
     base, tuned = (of_model.values[:, 0].tolist() for of_model in scores)
     # Sorted before anything is copied: the images of all would be much.
-    bare = [Pair(prompts[i], (base[i], tuned[i]), (images[0][i], images[1][i])) for i in places]
+    bare = [Pair(prompts[i], (base[i], tuned[i]), (images[0][i], images[1][i])) for i in indices]
     small = lambda image: shrink(to_uint8(image), _SHOWN_SIDE)
     return [pair._replace(images=(small(pair.images[0]), small(pair.images[1]))) for pair in extremes(bare)]
 
@@ -160,12 +160,12 @@ def score_lines(prompts: Sequence[str], scores: Sequence[Columns]) -> str:
     """JSONL: a line for each prompt and sample, null for a score that did not come."""
     samples = next(iter(scores[0].values())).came.shape[1]
     lines = []
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         for sample in range(samples):
             line: dict[str, Any] = {"prompt": prompt, "sample": sample}
             for model, of_model in zip(("base", "tuned"), scores, strict=False):
                 line[model] = {
-                    name: float(column.values[place, sample]) if column.came[place, sample] else None
+                    name: float(column.values[index, sample]) if column.came[index, sample] else None
                     for name, column in of_model.items()
                 }
             lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")

@@ -19,7 +19,7 @@ from egrpo_jax.evaluation.history import (
     Evaluation,
     evaluate,
     evaluation_numbers,
-    even_places,
+    even_indices,
     load_evaluations,
     parted_rewards,
     save_evaluation,
@@ -64,7 +64,7 @@ class Evaluator:
         self.history.append(now)
         save_evaluation(self._workdir, now, self._prompts)
         captions = kept_prompts(job)
-        shown = even_places(len(captions), SHOWN)
+        shown = even_indices(len(captions), SHOWN)
         sheet = grids.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
         grids.save_image(sheet, self._workdir / "eval" / f"{progress.iteration:06d}.png")
         for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
@@ -89,8 +89,8 @@ def _warn(line: str) -> None:
 
 def kept_prompts(job: Job) -> list[str]:
     """The prompts of the images that an `Evaluation` keeps."""
-    places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
-    return [job.evaluation_prompts[place] for place in places]
+    indices = even_indices(len(job.evaluation_prompts), job.config.evaluation.kept)
+    return [job.evaluation_prompts[index] for index in indices]
 
 
 def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
@@ -99,10 +99,10 @@ def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
     The gains are those of the first held-out reward, or of the first trained one where none is held out.
     """
     prompts = kept_prompts(job)
-    places = even_places(len(job.evaluation_prompts), job.config.evaluation.kept)
+    indices = even_indices(len(job.evaluation_prompts), job.config.evaluation.kept)
     judge = (job.config.rewards.heldout or job.config.rewards.train)[0]
-    gains = (last.scores[judge].with_nan() - first.scores[judge].with_nan())[places]
-    chosen = {f"{min(SHOWN, len(prompts))} of {len(places)} prompts, evenly spread": even_places(len(prompts), SHOWN)}
+    gains = (last.scores[judge].with_nan() - first.scores[judge].with_nan())[indices]
+    chosen = {f"{min(SHOWN, len(prompts))} of {len(indices)} prompts, evenly spread": even_indices(len(prompts), SHOWN)}
     if len(prompts) > SHOWN:
         chosen[f"the {SHOWN // 2} largest gains under {judge}"] = np.argsort(-gains)[: SHOWN // 2]
     return grids.stack(

@@ -89,13 +89,13 @@ class Published(dict[str, Any]):
     """The keys of a published JSON file, or of a section of it.
 
     Attributes:
-      place: the file, as errors name it.
+      file: the file, as errors name it.
       prefix: what errors put before a key: the section's name and a dot.
     """
 
-    def __init__(self, values: Mapping[str, Any], place: str = "config.json", prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], file: str = "config.json", prefix: str = "") -> None:
         super().__init__(values)
-        self.place, self.prefix = place, prefix
+        self.file, self.prefix = file, prefix
 
     def checked(self, keys: Mapping[str, Key], strict: bool = False) -> Published:
         """The entries of `keys` alone, with their defaults where they are absent.
@@ -110,26 +110,26 @@ class Published(dict[str, Any]):
         unknown = sorted(key for key in self.keys() - keys.keys() if not key.startswith("_"))
         if strict and unknown:
             named = shorten([self.prefix + key for key in unknown])
-            raise UserError(f"{self.place}: unknown {named}; this kind of model has {', '.join(keys)}")
+            raise UserError(f"{self.file}: unknown {named}; this kind of model has {', '.join(keys)}")
         values = {key: self.get(key, entry.default) for key, entry in keys.items()}
         for key, entry in keys.items():
             if values[key] is _REQUIRED or not entry.kind.fits(values[key]):
-                raise Published(values, self.place, self.prefix).error(key, entry.kind.expected)
-        return Published(values, self.place, self.prefix)
+                raise Published(values, self.file, self.prefix).error(key, entry.kind.expected)
+        return Published(values, self.file, self.prefix)
 
     def section(self, key: str) -> Published:
         """The object under `key`; empty where it is absent or null. Raises UserError: it is no object."""
         value = self.get(key)
         if not nullable(OBJECT).fits(value):
             raise self.error(key, OBJECT.expected)
-        return Published(value or {}, self.place, f"{self.prefix}{key}.")
+        return Published(value or {}, self.file, f"{self.prefix}{key}.")
 
     def error(self, key: str, expected: str) -> UserError:
         """The error that `key` should be `expected`; says what it is, or that it is missing."""
         value = self.get(key, _REQUIRED)
         found = "missing" if value is _REQUIRED else json.dumps(value)
         shown = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
-        return UserError(f"{self.place}: {self.prefix}{key} is {shown}; must be {expected}")
+        return UserError(f"{self.file}: {self.prefix}{key} is {shown}; must be {expected}")
 
 
 def read_config(folder: str | os.PathLike[str], class_name: str, file: str = "config.json") -> Published:

@@ -120,11 +120,11 @@ def leaf_rows(entry: Entry, params: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple((*_published_shape(entry.form, leaf, flat), 0)[0] for leaf in entry.leaves)
 
 
-def import_tensors(layout: Layout, tensors: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> Params:
-    """Our tree of NumPy arrays, shaped like `template`, from all the tensors of `layout` in host memory."""
+def import_tensors(layout: Layout, tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> Params:
+    """Our tree of NumPy arrays, shaped like `abstract`, from all the tensors of `layout` in host memory."""
     flat: dict[str, Any] = {}
     for e in layout:
-        for leaf, array in split_tensor(e, tensors[e.name], leaf_rows(e, template)):
+        for leaf, array in split_tensor(e, tensors[e.name], leaf_rows(e, abstract)):
             flat.setdefault(leaf.path, {})[leaf.layer] = array
     return unflatten_dict(
         {

@@ -27,7 +27,7 @@ from egrpo_jax.weights.layout import Layout, Leaf, Params, leaf_rows, published_
 _BIG = 2**30  # bytes from which a progress bar is shown
 
 
-def load_params(files: TensorFiles, layout: Layout, template: Mapping[str, Any], ignore: Sequence[str] = ()) -> Params:
+def load_params(files: TensorFiles, layout: Layout, abstract: Mapping[str, Any], ignore: Sequence[str] = ()) -> Params:
     """Our parameter tree from a published model, on the devices.
 
     Every process of a multi-host run calls it with the same arguments and reads what its own devices need.
@@ -35,18 +35,18 @@ def load_params(files: TensorFiles, layout: Layout, template: Mapping[str, Any],
     Args:
       files: the published tensors; floating-point ones of any width are converted.
       layout: which tensors hold our leaves, and how.
-      template: tree of `jax.ShapeDtypeStruct`: shape and type wanted, and where: `sharding` a `NamedSharding`, or None
+      abstract: tree of `jax.ShapeDtypeStruct`: shape and type wanted, and where: `sharding` a `NamedSharding`, or None
         for the default device.
       ignore: patterns of whole names that may be in the file and hold no parameter.
 
     Raises:
       UserError: tensors are missing, unexpected, of another shape or not floating-point; names them all in one line.
     """
-    _check_published(files, published_shapes(layout, template), ignore)
-    wanted = flatten_dict(template, sep="/")
+    _check_published(files, published_shapes(layout, abstract), ignore)
+    wanted = flatten_dict(abstract, sep="/")
     _check_covered(layout, wanted)
     flat: dict[str, jax.Array] = {}
-    for leaf, view in _leaves(files, layout, template):
+    for leaf, view in _leaves(files, layout, abstract):
         struct = wanted[leaf.path]
         if leaf.layer is None:
             flat[leaf.path] = _put(view, struct.dtype, struct.sharding)
@@ -59,7 +59,7 @@ def load_params(files: TensorFiles, layout: Layout, template: Mapping[str, Any],
     return unflatten_dict(flat, sep="/")
 
 
-def _leaves(files: TensorFiles, layout: Layout, template: Mapping[str, Any]) -> Iterator[tuple[Leaf, np.ndarray]]:
+def _leaves(files: TensorFiles, layout: Layout, abstract: Mapping[str, Any]) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Every leaf, or layer of one, as a view of its file; shows a progress bar."""
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in files.stored.items()}
     total = sum(sizes[e.name] for e in layout)
@@ -67,7 +67,7 @@ def _leaves(files: TensorFiles, layout: Layout, template: Mapping[str, Any]) -> 
     hidden = True if total < _BIG or jax.process_index() else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {files.path.name}", disable=hidden) as bar:
         for e in layout:
-            yield from split_tensor(e, files[e.name], leaf_rows(e, template))
+            yield from split_tensor(e, files[e.name], leaf_rows(e, abstract))
             bar.update(sizes[e.name])
 
 

@@ -89,23 +89,23 @@ def read_params(
     return {name: readers[name](part) for name, part in wanted.items()}
 
 
-def load_transformer(folder: Path, other: str | None, config: FluxConfig, template: Params) -> Params:
+def load_transformer(folder: Path, other: str | None, config: FluxConfig, abstract: Params) -> Params:
     """The transformer in a pipeline's `folder`, or the weights of the file or folder `other`."""
     source = folder if other is None else Path(other)
     if (source / ORBAX).is_dir():
-        return _restore(source / ORBAX, template)
+        return _restore(source / ORBAX, abstract)
     files = open_tensors(source)
     fmt: flux.Format = "bfl" if any(name.startswith("double_blocks.") for name in files) else "diffusers"
-    return load_params(files, flux.flux_layout(config, fmt), template)
+    return load_params(files, flux.flux_layout(config, fmt), abstract)
 
 
-def load_adapters(options: FluxOptions, config: FluxConfig, template: Params) -> Params:
+def load_adapters(options: FluxOptions, config: FluxConfig, abstract: Params) -> Params:
     """Adapters from their file, in host memory, or fresh ones, made where they lie."""
     assert options.lora is not None
     make = _adapters(options, options.lora, config)
     if options.lora_weights is not None:
         return make()
-    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
 def _adapters(options: FluxOptions, lora: LoraConfig, config: FluxConfig) -> Callable[[], Params]:
@@ -148,11 +148,11 @@ def decoder_shapes(config: VaeConfig) -> Params:
     return jax.eval_shape(lambda: Vae(config).init(jax.random.key(0), latents, method="decode"))["params"]
 
 
-def load_decoder(folder: Path, config: VaeConfig, template: Params) -> Params:
+def load_decoder(folder: Path, config: VaeConfig, abstract: Params) -> Params:
     """The decoder of the VAE in `folder`."""
     files = open_tensors(folder)
     fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
-    return load_params(files, vae.vae_layout(config, fmt, ["decoder"]), template, ignore=(r"encoder\..*",))
+    return load_params(files, vae.vae_layout(config, fmt, ["decoder"]), abstract, ignore=(r"encoder\..*",))
 
 
 def published_shift(folder: Path, image_tokens: int) -> float:
@@ -190,21 +190,21 @@ def load_text_models(folder: Path, text_tokens: int, dtype: str, mesh: Mesh) -> 
 
 def _load_t5(folder: Path, config: T5Config, dtype: str, mesh: Mesh) -> tuple[T5Encoder, Params]:
     model = T5Encoder(config, jnp.dtype(dtype))
-    template = _template(_token_model_shapes(model), "t5", dtype, mesh)
-    return model, load_params(open_tensors(folder), t5.t5_layout(config), template, t5.IGNORED)
+    abstract = _abstract(_token_model_shapes(model), "t5", dtype, mesh)
+    return model, load_params(open_tensors(folder), t5.t5_layout(config), abstract, t5.IGNORED)
 
 
 def _load_clip(folder: Path, config: ClipTextConfig, dtype: str, mesh: Mesh) -> tuple[ClipText, Params]:
     model, files = ClipText(config, jnp.dtype(dtype)), open_tensors(folder)
-    template = _template(_token_model_shapes(model), "clip", dtype, mesh)
-    return model, load_params(files, clip.clip_text_layout(config, clip.text_prefix(files)), template, clip.IGNORED)
+    abstract = _abstract(_token_model_shapes(model), "clip", dtype, mesh)
+    return model, load_params(files, clip.clip_text_layout(config, clip.text_prefix(files)), abstract, clip.IGNORED)
 
 
 def _token_model_shapes(model: ClipText | T5Encoder) -> Params:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
 
 
-def _template(shapes: Params, name: str, dtype: str, mesh: Mesh) -> Params:
+def _abstract(shapes: Params, name: str, dtype: str, mesh: Mesh) -> Params:
     """`shapes` with the dtype wanted and the layout that the rules give a model called `name`."""
     return with_shardings(mesh, FLUX_RULES, {name: _cast(shapes, dtype)})[name]
 
@@ -213,6 +213,6 @@ def _cast(shapes: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), shapes)
 
 
-def _restore(folder: Path, template: Params) -> Params:
+def _restore(folder: Path, abstract: Params) -> Params:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), template)
+        return checkpointer.restore(folder.absolute(), abstract)

@@ -128,7 +128,7 @@ def config_from_transformers(published: Published) -> ClipConfig:
 def _tower(published: Published, name: str, defaults: Mapping[str, int]) -> Published:
     """The section of a tower; in old files a second one, with `_dict` after its name, counts more."""
     section, older = published.section(f"{name}_config"), published.section(f"{name}_config_dict")
-    return Published({**defaults, **section, **older}, section.place, section.prefix)
+    return Published({**defaults, **section, **older}, section.file, section.prefix)
 
 
 def _transformer(keys: Published) -> TransformerConfig:
