@@ -1,8 +1,12 @@
 """What the documents say, where a machine can check it."""
 
+import ast
 import dataclasses
+import importlib
 import re
 import shlex
+import sys
+import tomllib
 
 import pytest
 from absl import flags
@@ -11,13 +15,48 @@ from ml_collections import config_flags
 from docs import make_config
 from egrpo_jax.cli.overrides import read_none
 from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.pretrain import PROGRAMS as JOBS
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
 from egrpo_jax.training.config import TrainConfig
 from tests import programs
+from tests.test_imports import PACKAGE, ROOMS
 
 CLASSES = [cls for _, cls in make_config.sections(TrainConfig)] + list(make_config.JOBS.values())
+KEYS = {prefix + field.name for prefix, cls in make_config.sections(TrainConfig) for field in dataclasses.fields(cls)}
+SECTIONS = sorted({key.split(".")[0] for key in KEYS if "." in key})
 read_none()
 README = (programs.ROOT / "README.md").read_text()
+DOCUMENTS = {path: path.read_text() for path in [programs.ROOT / "README.md", *programs.ROOT.glob("docs/**/*.md")]}
+ARCHITECTURE = DOCUMENTS[programs.ROOT / "docs/architecture.md"]
+
+
+def docstrings():
+    for path in [*programs.ROOT.glob("configs/*.py"), *PACKAGE.glob("*.py")]:
+        yield ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def commands():
+    """Every command of the documents and of the docstrings of programs and configs that has arguments."""
+    for text in [*DOCUMENTS.values(), *docstrings()]:
+        lines = re.sub(r"\\\n *", "", text)
+        spans = re.sub(r"`(python -m [^`\n]+)\n([^`\n]+)`", r"`\1 \2`", lines)  # a line may end within one
+        for command in re.findall(r"python -m egrpo_jax\.(\w+ +--[^`\n]*)", spans):
+            yield re.split(r" {2,}[(#]", command)[0].strip()
+
+
+def flags_of(program):
+    """A program's flags as they are at its start."""
+    return importlib.reload(importlib.import_module(f"egrpo_jax.{program}")).FLAGS
+
+
+def rows(heading, text):
+    """The cells of the table below a heading."""
+    part = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in re.findall(r"^\|.*\|$", part, re.M)][2:]
+
+
+def code(cell):
+    return re.findall("`([^`]+)`", cell)
 
 
 def test_the_list_of_config_keys_is_made_from_the_code():
@@ -38,17 +77,82 @@ def test_overrides_work_as_written(override):
     from_config_dict(TrainConfig, config.value)
 
 
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_commands_have_flags_configs_and_keys_that_there_are(command, monkeypatch):
+    program, *arguments = shlex.split(command, comments=True)
+    monkeypatch.chdir(programs.ROOT)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    values = flags_of(program)
+    assert values(sys.argv) == [program]
+    config = values["config"].value
+    if config is not None:
+        from_config_dict(JOBS[config.kind].job if program == "pretrain" else TrainConfig, config)
+
+
+def test_config_keys_are_called_by_their_names():
+    jobs = {field.name for cls in make_config.JOBS.values() for field in dataclasses.fields(cls)}
+    for document, text in DOCUMENTS.items():
+        if document != make_config.FILE:
+            named = re.findall(rf"(?:`|\bconfig\.)((?:{'|'.join(SECTIONS)})(?:\.\w+)+)", text)
+            assert {key for key in named if not key.endswith(".safetensors")} <= KEYS, document
+            assert set(re.findall(r"--config\.([\w.]*\w)", text)) <= KEYS | jobs, document
+
+
+def test_the_flags_of_evaluate_and_sample_are_listed():
+    text = DOCUMENTS[programs.ROOT / "docs/evaluation.md"]
+    first_cells = re.findall(r"^\| (`--[^|]+) \|", text, re.M)
+    listed = {flag.removeprefix("--") for cell in first_cells for flag in code(cell)}
+    left_out = {"rewards", "samples", "diversity"}
+    assert "`sample` has the same flags but `--rewards`, `--samples` and `--diversity`" in text
+    for program, expected in (("evaluate", listed), ("sample", listed - left_out)):
+        assert set(flags_of(program)) == expected
+
+
+def test_extras_are_those_that_can_be_installed():
+    extras = set(tomllib.loads((programs.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    for document, text in DOCUMENTS.items():
+        named = re.findall(r"(?:egrpo_jax|'\.)\[([\w,]+)\]", text)
+        assert set(",".join(named).split(",")) - {""} <= extras, document
+    assert {extra for cell, _ in rows("Installing", README) for extra in code(cell)} == extras
+
+
 def test_the_readmes_plan_is_the_papers():
     lines = describe(make_plan(PlanConfig())).splitlines()
     for line in (*lines[:4], lines[-1]):
         assert line in README
 
 
-def test_every_link_to_a_file_leads_somewhere():
-    for document in [programs.ROOT / "README.md", *(programs.ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            if "://" not in target:
-                assert (document.parent / target).exists(), (document, target)
+def test_the_table_of_rooms_is_the_rule_that_is_tested():
+    table = rows("Rooms, and who may import whom", ARCHITECTURE)
+    assert {code(room)[0].strip("/"): " ".join(code(allowed)) for room, _, allowed in table} == ROOMS
+
+
+def test_the_walk_names_files_and_what_is_in_them():
+    for file, called, _ in rows("From a prompt to an update", ARCHITECTURE):
+        if file:
+            defined = {getattr(node, "name", None) for node in ast.parse((PACKAGE / code(file)[0]).read_text()).body}
+            assert set(code(called)) <= defined, file
+
+
+def test_every_file_of_code_that_is_named_is_there():
+    for document, text in DOCUMENTS.items():
+        for name in re.findall(r"(?:`|python )([\w/]+\.py)\b", text):
+            assert any((root / name).exists() for root in (PACKAGE, programs.ROOT)), (document, name)
+
+
+def test_every_link_leads_somewhere():
+    for document, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+            link = "".join(target)
+            if "://" not in link:
+                file, _, anchor = link.partition("#")
+                assert (document.parent / file).exists(), (document, link)
+                assert not anchor or anchor in anchors((document.parent / file if file else document).read_text())
+
+
+def anchors(text):
+    """What GitHub makes of the headings."""
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.*)", text, re.M)]
 
 
 def test_the_assets_are_small_and_credited():
