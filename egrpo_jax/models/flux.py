@@ -190,6 +190,9 @@ class Flux(nn.Module):
 
         Returns:
           The velocity `[B, N, in_channels]`, float32.
+
+        Raises:
+          ValueError: guidance is given to a model without its embedder, or not to one with it.
         """
         config = self.config
         chex.assert_shape(latents, (None, grid[0] * grid[1], config.in_channels))
@@ -204,8 +207,7 @@ class Flux(nn.Module):
 
         double_blocks = scan_blocks(DoubleBlock, config.num_double_blocks, self.remat, self.unroll)
         streams, _ = double_blocks(config, name="double_blocks", **common)((image_stream, text_stream), vector, rope)
-        image_stream, text_stream = streams
-        joint = jnp.concatenate([text_stream, image_stream], axis=1)
+        joint = jnp.concatenate(streams[::-1], axis=1)  # text first
         single_blocks = scan_blocks(SingleBlock, config.num_single_blocks, self.remat, self.unroll)
         joint, _ = single_blocks(config, name="single_blocks", **common)(joint, vector, rope)
 
