@@ -158,7 +158,7 @@ def load_decoder(folder: Path, config: VaeConfig, template: Params) -> Params:
     """The decoder of the VAE in `folder`."""
     files = open_tensors(folder)
     fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
-    return load_params(files, vae.vae_layout(config, fmt, ["decoder"]), template, ignore=(r"encoder\..*",))
+    return load_params(files, vae.vae_layout(config, fmt), template, ignore=(r"encoder\..*",))
 
 
 def published_shift(folder: Path, image_tokens: int) -> float:
