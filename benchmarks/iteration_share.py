@@ -13,12 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
 
-from egrpo_jax.models import blip, clip, flux
-from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.models import blip, clip, flux, vae
 from egrpo_jax.rewards.imagereward import TEXT_TOKENS as WORDS
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.run.metrics import read_metrics
@@ -30,24 +27,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A run whose seconds are shown in
 PHASES = ("rollout", "decode", "reward", "update")
 
 
-def decoder_flops(pixels: int) -> float:
-    """Of one image: what XLA counts in FLUX.1's decoder, which has no loops that it would count once."""
-    config = VaeConfig()
-    model, side = Vae(config), pixels // config.stride
-    latents = jax.ShapeDtypeStruct((1, side, side, config.latent_channels), jnp.float32)
-    params = jax.eval_shape(lambda z: model.init(jax.random.key(0), z, method="decode"), latents)
-    cost = jax.jit(lambda variables, z: model.apply(variables, z, method="decode")).lower(params, latents)
-    return cost.cost_analysis()["flops"]
-
-
 def analytic() -> dict[str, float]:
     """Operations of each phase, for one prompt, at the paper's setting."""
     plan = make_plan(PlanConfig())
     velocity = flux.forward_flops(flux.FluxConfig(), (PIXELS.value // 16) ** 2, TEXT_TOKENS.value)
+    side = PIXELS.value // vae.VaeConfig().stride
     scores = clip.image_flops(clip.ClipConfig()) + blip.forward_flops(blip.BlipConfig(), WORDS)
     return {
         "rollout": plan.rollout_passes * velocity,
-        "decode": plan.decodes * decoder_flops(PIXELS.value),
+        "decode": plan.decodes * vae.decoder_flops(vae.VaeConfig(), side, side),
         "reward": plan.decodes * scores,
         "update": 3 * plan.training_passes * velocity,
     }

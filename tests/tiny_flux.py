@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from egrpo_jax.models.clip import ClipText, ClipTextConfig, TransformerConfig
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.t5 import T5Config, T5Encoder
-from egrpo_jax.models.vae import Vae, VaeConfig
+from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
-from egrpo_jax.pipelines.flux.loading import transformer_shapes
+from egrpo_jax.pipelines.flux.loading import decoder_shapes, transformer_shapes
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -120,11 +120,8 @@ def write_pipeline(folder, guidance=True):
         config_to_diffusers(config),
         published_shapes(flux_layout(config, "diffusers"), transformer_shapes(config)),
     )
-    images = jnp.zeros((1, SIZE, SIZE, 3))
-    vae = jax.eval_shape(lambda: Vae(VAE).init(jax.random.key(0), images))["params"]
-    write_model(
-        folder / "vae", "diffusion_pytorch_model", vae_json(), published_shapes(vae_layout(VAE, "diffusers"), vae)
-    )
+    vae = published_shapes(vae_layout(VAE, "diffusers"), decoder_shapes(VAE)) | encoder_shapes(VAE)
+    write_model(folder / "vae", "diffusion_pytorch_model", vae_json(), vae)
     write_model(folder / "text_encoder", "model", clip_json(), shapes(ClipText(CLIP), clip_text_layout(CLIP)))
     write_model(folder / "text_encoder_2", "model", t5_json(), shapes(T5Encoder(T5), t5_layout(T5)))
     write_clip_tokenizer(folder / "tokenizer")
@@ -135,6 +132,29 @@ def write_pipeline(folder, guidance=True):
 def shapes(model, layout):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
     return published_shapes(layout, params)
+
+
+def encoder_shapes(config):
+    """Names and shapes of a published VAE's encoder, which nothing here reads."""
+    *_, last = levels = config.block_out_channels
+    layers = {"conv_in": (levels[0], 3, 3, 3), "conv_norm_out": (last,), "mid_block.attentions.0.group_norm": (last,)}
+    layers["conv_out"] = (2 * config.latent_channels, last, 3, 3)
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        layers[f"mid_block.attentions.0.{name}"] = (last, last)
+    blocks = {f"mid_block.resnets.{index}": (last, last) for index in range(2)}
+    for level, out in enumerate(levels):
+        for index in range(config.layers_per_block):
+            inner = levels[max(level - 1, 0)] if index == 0 else out
+            blocks[f"down_blocks.{level}.resnets.{index}"] = (inner, out)
+        if level < len(levels) - 1:
+            layers[f"down_blocks.{level}.downsamplers.0.conv"] = (out, out, 3, 3)
+    for name, (inner, out) in blocks.items():
+        layers |= {f"{name}.norm1": (inner,), f"{name}.norm2": (out,)}
+        layers |= {f"{name}.conv1": (out, inner, 3, 3), f"{name}.conv2": (out, out, 3, 3)}
+        if inner != out:
+            layers[f"{name}.conv_shortcut"] = (out, inner, 1, 1)
+    weights = {f"encoder.{name}.weight": shape for name, shape in layers.items()}
+    return weights | {f"encoder.{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
 def write_json(path, content):

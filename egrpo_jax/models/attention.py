@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Implementation = Literal["xla", "cudnn"]
 
+def attention(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array | None = None) -> chex.Array:
+    """Softmax attention, scaled by 1/sqrt(head_dim), with float32 softmax.
 
-def attention(
-    query: chex.Array,
-    key: chex.Array,
-    value: chex.Array,
-    mask: chex.Array | None = None,
-    *,
-    implementation: Implementation | None = None,
-) -> chex.Array:
-    """Softmax attention, scaled by 1/sqrt(head dim), with float32 softmax.
+    By cuDNN's fused kernel where the default device, the dtype and `head_dim` allow and there is no mask; by XLA, which
+    holds all `[B, H, N, M]` weights, elsewhere.
 
     Args:
-      query, key, value: `[B, N, H, D]`.
-      mask: boolean, broadcastable to `[B, H, N, N]`; False positions are not attended to.
-      implementation: `xla` runs everywhere and holds all `[B, H, N, N]` weights; `cudnn` (NVIDIA, 16 bit) does not.
-        By default the better one that the default device, the dtype and the head dim allow.
+      query: `[B, N, H, head_dim]`.
+      key, value: `[B, M, H, head_dim]`.
+      mask: boolean, broadcastable to `[B, H, N, M]`; False positions are not attended to.
 
     Returns:
-      `[B, N, H, D]`, in the dtype of `value`.
+      `[B, N, H, head_dim]`, in the dtype of `value`.
     """
-    if implementation is None:
-        implementation = "cudnn" if mask is None and _cudnn_takes(query) else "xla"
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    if mask is None and _cudnn_takes(query):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return _xla_attention(query, key, value, mask)
 
 
 def _cudnn_takes(query: chex.Array) -> bool:
-    """Whether cuDNN has a fused kernel for heads like these on the default device (NVIDIA, Ampere and newer)."""
+    """Tells whether cuDNN has a fused kernel for heads like these on the default device (NVIDIA, Ampere and newer)."""
     device = jax.devices()[0]
     return (
         device.device_kind.startswith("NVIDIA")
@@ -68,12 +58,12 @@ def rope_table(ids: np.ndarray, axes_dims: Sequence[int], theta: float = 10_000.
     Computed in float64 on the host, as the published model does: float32 angles lose digits at high positions.
 
     Args:
-      ids: `[N, A]`, the position of each token on each axis.
-      axes_dims: how many dimensions of the head rotate with each axis; all even.
+      ids: `[N, axes]`, the position of each token on each axis.
+      axes_dims: how many dimensions of the head rotate with each axis; all even, `head_dim` together.
       theta: base of the frequencies.
 
     Returns:
-      Two float32 arrays `[N, sum(axes_dims) / 2]`, one angle for each interleaved pair.
+      Two float32 arrays `[N, head_dim / 2]`, one angle for each interleaved pair.
     """
     ids = np.asarray(ids, np.float64)
     angles = [
@@ -85,7 +75,7 @@ def rope_table(ids: np.ndarray, axes_dims: Sequence[int], theta: float = 10_000.
 
 
 def apply_rope(x: chex.Array, cos: chex.Array, sin: chex.Array) -> chex.Array:
-    """Rotates interleaved pairs (x_2j, x_2j+1) of `x [B, N, H, D]` by the angles `[N, D/2]`, in float32."""
+    """Rotates interleaved pairs (x_2j, x_2j+1) of `x [B, N, H, head_dim]` by angles `[N, head_dim / 2]`, in float32."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, None, :], sin[:, None, :]

@@ -8,36 +8,21 @@ Blocks are scanned: compile time does not grow with depth, and their parameters 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from typing import Any
 
 import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
 from egrpo_jax.models.attention import attention
-from egrpo_jax.models.clip import layer_norm
-
-Dtype = Any
+from egrpo_jax.models.layers import Dtype, LayerNorm, StackConfig, in_float32, scan_blocks, stack_flops
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's outputs over ImageReward's test prompts: what makes scores about N(0, 1)."""
 
 _VISION_EPSILON, _TEXT_EPSILON = 1e-6, 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class TowerConfig:
-    """Sizes of a stack of blocks."""
-
-    width: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-
-    def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} must divide width {self.width}")
+_VIT_L, _BERT_BASE = StackConfig(1024, 24, 16, 4096), StackConfig(768, 12, 12, 3072)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +38,8 @@ class BlipConfig:
       head: widths of the linear layers that make the score, one after another with nothing between.
     """
 
-    vision: TowerConfig = TowerConfig(1024, 24, 16, 4096)
-    text: TowerConfig = TowerConfig(768, 12, 12, 3072)
+    vision: StackConfig = _VIT_L
+    text: StackConfig = _BERT_BASE
     image_size: int = 224
     patch_size: int = 16
     vocab_size: int = 30_524
@@ -67,7 +52,7 @@ class BlipConfig:
 
     @property
     def image_tokens(self) -> int:
-        """One for each patch, and one before them."""
+        """Tokens of an image: one for each patch, and one before them."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -102,32 +87,30 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        hidden = nn.Dense(self.inner, name="in", **common)(x)
-        # In float32: rounded once, not after each operation of the activation.
-        hidden = nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(self.dtype)
+        hidden = in_float32(functools.partial(nn.gelu, approximate=False), nn.Dense(self.inner, name="in", **common)(x))
         return nn.Dense(x.shape[-1], name="out", **common)(hidden)
 
 
 class VisionBlock(nn.Module):
     """Self-attention, then a feed-forward part, each on the normalised stream and added to it."""
 
-    config: TowerConfig
+    config: StackConfig
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
     def __call__(self, x: chex.Array) -> tuple[chex.Array, None]:
         config, common = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        hidden = layer_norm(epsilon=_VISION_EPSILON, name="attention_norm", **common)(x)
+        hidden = LayerNorm(_VISION_EPSILON, name="attention_norm", **common)(x)
         x = x + Attention(config.num_heads, name="attention", **common)(hidden, hidden)
-        hidden = layer_norm(epsilon=_VISION_EPSILON, name="mlp_norm", **common)(x)
+        hidden = LayerNorm(_VISION_EPSILON, name="mlp_norm", **common)(x)
         return x + FeedForward(config.mlp_dim, name="mlp", **common)(hidden), None
 
 
 class TextBlock(nn.Module):
     """Self-attention, attention to the image, feed-forward part, each added to the stream, which is then normalised."""
 
-    config: TowerConfig
+    config: StackConfig
     dtype: Dtype
     param_dtype: Dtype
 
@@ -135,22 +118,11 @@ class TextBlock(nn.Module):
     def __call__(self, x: chex.Array, image: chex.Array, mask: chex.Array) -> tuple[chex.Array, None]:
         config, common = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mixed = Attention(config.num_heads, name="attention", **common)(x, x, mask)
-        x = layer_norm(epsilon=_TEXT_EPSILON, name="attention_norm", **common)(x + mixed)
+        x = LayerNorm(_TEXT_EPSILON, name="attention_norm", **common)(x + mixed)
         mixed = Attention(config.num_heads, name="image_attention", **common)(x, image)
-        x = layer_norm(epsilon=_TEXT_EPSILON, name="image_attention_norm", **common)(x + mixed)
+        x = LayerNorm(_TEXT_EPSILON, name="image_attention_norm", **common)(x + mixed)
         hidden = FeedForward(config.mlp_dim, name="mlp", **common)(x)
-        return layer_norm(epsilon=_TEXT_EPSILON, name="mlp_norm", **common)(x + hidden), None
-
-
-def _scan(block: type[nn.Module], layers: int, shared: int) -> Any:
-    """`layers` blocks one after another, that all take the same `shared` arguments beside the stream."""
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * shared,
-        length=layers,
-    )
+        return LayerNorm(_TEXT_EPSILON, name="mlp_norm", **common)(x + hidden), None
 
 
 class BlipVision(nn.Module):
@@ -171,8 +143,8 @@ class BlipVision(nn.Module):
         first = self.param("class_token", init, (1, width), self.param_dtype).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (len(images), 1, width)), x.reshape(len(images), -1, width)], 1)
         x = x + self.param("positions", init, (config.image_tokens, width), self.param_dtype).astype(self.dtype)
-        x, _ = _scan(VisionBlock, config.vision.num_layers, 0)(config.vision, name="blocks", **common)(x)
-        return layer_norm(epsilon=_VISION_EPSILON, name="final_norm", **common)(x)
+        x, _ = scan_blocks(VisionBlock, config.vision.num_layers)(config.vision, name="blocks", **common)(x)
+        return LayerNorm(_VISION_EPSILON, name="final_norm", **common)(x)
 
 
 class BlipText(nn.Module):
@@ -191,8 +163,8 @@ class BlipText(nn.Module):
 
         x = nn.Embed(config.vocab_size, width, name="tokens", **common)(ids)
         positions = self.param("positions", nn.initializers.normal(0.02), (config.length, width), self.param_dtype)
-        x = layer_norm(epsilon=_TEXT_EPSILON, name="first_norm", **common)(x + positions[:length].astype(self.dtype))
-        blocks = _scan(TextBlock, config.text.num_layers, 2)(config.text, name="blocks", **common)
+        x = LayerNorm(_TEXT_EPSILON, name="first_norm", **common)(x + positions[:length].astype(self.dtype))
+        blocks = scan_blocks(TextBlock, config.text.num_layers)(config.text, name="blocks", **common)
         return blocks(x, image, mask[:, None, None, :])[0]
 
 
@@ -234,11 +206,8 @@ def forward_flops(config: BlipConfig, tokens: int) -> int:
     """Floating-point operations of one score with a text of `tokens`; lookups and norms cost none."""
     image, vision, text = config.image_tokens, config.vision, config.text
     patches = 2 * (image - 1) * config.patch_size**2 * 3 * vision.width
-    vision_linear = 2 * image * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
-    vision_block = vision_linear + 4 * image**2 * vision.width
-    text_linear = 2 * tokens * (6 * text.width**2 + 2 * text.width * text.mlp_dim)
-    image_linear = 2 * image * 2 * vision.width * text.width
-    text_block = text_linear + image_linear + 4 * tokens * (tokens + image) * text.width
-    widths = (text.width, *config.head)
-    head = sum(2 * inner * outer for inner, outer in itertools.pairwise(widths))
-    return patches + vision.num_layers * vision_block + text.num_layers * text_block + head
+    # Attention to the image: query and output of each token, key and value of each image token, and their products.
+    linear = 4 * tokens * text.width**2 + 4 * image * vision.width * text.width
+    to_image = text.num_layers * (linear + 4 * tokens * image * text.width)
+    head = sum(2 * inner * outer for inner, outer in itertools.pairwise((text.width, *config.head)))
+    return patches + stack_flops(vision, image) + stack_flops(text, tokens) + to_image + head

@@ -10,15 +10,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
 from egrpo_jax.models.attention import attention
+from egrpo_jax.models.layers import Dtype, LayerNorm, StackConfig, in_float32, normalise, scan_blocks, stack_flops
 
-Dtype = Any
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -34,18 +34,10 @@ ACTIVATIONS: dict[Activation, Callable[[chex.Array], chex.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(StackConfig):
     """Sizes of a stack of blocks, and what is between the two layers of its feed-forward parts."""
 
-    width: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
     activation: Activation
-
-    def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} must divide width {self.width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +73,7 @@ class ClipVisionConfig:
 
     @property
     def tokens(self) -> int:
-        """One for each patch, and one before them."""
+        """Tokens of an image: one for each patch, and one before them."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -102,11 +94,6 @@ class ClipTextFeatures(NamedTuple):
     pooled: chex.Array
 
 
-def layer_norm(dtype: Dtype, param_dtype: Dtype, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """A layer norm with CLIP's epsilon, statistics in float32; not by E[x^2] - E[x]^2, which cancels."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
-
-
 class Block(nn.Module):
     """Self-attention, then a feed-forward part, each on the normalised stream and added to it."""
 
@@ -119,7 +106,7 @@ class Block(nn.Module):
         config = self.config
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        hidden = layer_norm(name="attention_norm", **common)(x)
+        hidden = LayerNorm(name="attention_norm", **common)(x)
         query, key, value = (
             nn.Dense(config.width, name=name, **common)(hidden).reshape(*x.shape[:2], config.num_heads, -1)
             for name in ("to_q", "to_k", "to_v")
@@ -127,9 +114,8 @@ class Block(nn.Module):
         mixed = attention(query, key, value, mask).reshape(x.shape)
         x = x + nn.Dense(config.width, name="out", **common)(mixed)
 
-        hidden = nn.Dense(config.mlp_dim, name="mlp_1", **common)(layer_norm(name="mlp_norm", **common)(x))
-        # In float32: rounded once, not after each operation of the activation.
-        hidden = ACTIVATIONS[config.activation](hidden.astype(jnp.float32)).astype(self.dtype)
+        hidden = nn.Dense(config.mlp_dim, name="mlp_1", **common)(LayerNorm(name="mlp_norm", **common)(x))
+        hidden = in_float32(ACTIVATIONS[config.activation], hidden)
         return x + nn.Dense(config.width, name="mlp_2", **common)(hidden), None
 
 
@@ -150,13 +136,7 @@ class Transformer(nn.Module):
     def __call__(self, x: chex.Array, mask: chex.Array | None = None) -> chex.Array:
         """Transforms `x`; `mask`, boolean and broadcastable to `[B, H, N, N]`, is False where a key is not seen."""
         chex.assert_shape(x, (None, None, self.config.width))
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.num_layers,
-        )
+        blocks = scan_blocks(Block, self.config.num_layers)
         return blocks(self.config, self.dtype, self.param_dtype, name="blocks")(x, mask)[0]
 
 
@@ -193,7 +173,7 @@ class ClipText(nn.Module):
         x = x + positions[:length].astype(self.dtype)
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         x = Transformer(config.transformer, name="transformer", **common)(x, causal)
-        states = layer_norm(name="final_norm", **common)(x)
+        states = LayerNorm(name="final_norm", **common)(x)
         last = end_positions(ids, config.eos_id)
         return ClipTextFeatures(states, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
 
@@ -224,9 +204,9 @@ class ClipVision(nn.Module):
         first = self.param("class_token", init, (width,), self.param_dtype).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, width)), x.reshape(len(x), -1, width)], axis=1)
         x = x + self.param("positions", init, (config.tokens, width), self.param_dtype).astype(self.dtype)
-        x = layer_norm(name="first_norm", **common)(x)
+        x = LayerNorm(name="first_norm", **common)(x)
         x = Transformer(config.transformer, name="transformer", **common)(x)
-        return layer_norm(name="final_norm", **common)(x[:, 0])
+        return LayerNorm(name="final_norm", **common)(x[:, 0])
 
 
 class Clip(nn.Module):
@@ -243,6 +223,7 @@ class Clip(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
+        """Makes both towers and their projections."""
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.vision = ClipVision(self.config.vision, **common)
         self.text = ClipText(self.config.text, **common)
@@ -257,11 +238,11 @@ class Clip(nn.Module):
 
     def encode_images(self, images: chex.Array) -> chex.Array:
         """Unit vectors `[B, dim]`, float32, of `images [B, image_size, image_size, 3]`, normalised as CLIP's."""
-        return _unit(self.image_projection(self.vision(images)))
+        return normalise(self.image_projection(self.vision(images)).astype(jnp.float32))
 
     def encode_text(self, ids: chex.Array) -> chex.Array:
         """Unit vectors `[B, dim]`, float32, of token `ids [B, L]`."""
-        return _unit(self.text_projection(self.text(ids).pooled))
+        return normalise(self.text_projection(self.text(ids).pooled).astype(jnp.float32))
 
 
 class LinearHead(nn.Module):
@@ -276,24 +257,13 @@ class LinearHead(nn.Module):
         return x
 
 
-def _unit(vectors: chex.Array) -> chex.Array:
-    vectors = vectors.astype(jnp.float32)
-    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 def end_positions(ids: chex.Array, eos_id: int | None) -> chex.Array:
-    """Where each of `ids [B, L]` ends, `[B]`: at the first `eos_id`, or, if that is None, at the first highest id."""
+    """Ends `[B]` of `ids [B, L]`: at the first `eos_id`, or, if that is None, at the first highest id."""
     return jnp.argmax(ids if eos_id is None else ids == eos_id, axis=-1)
-
-
-def forward_flops(config: TransformerConfig, tokens: int) -> int:
-    """Floating-point operations of the stack over one sequence; a causal mask saves none, norms cost none."""
-    linear = 2 * tokens * (4 * config.width**2 + 2 * config.width * config.mlp_dim)
-    return config.num_layers * (linear + 4 * tokens**2 * config.width)
 
 
 def image_flops(config: ClipConfig) -> int:
     """Floating-point operations of an image's vector; lookups and norms cost none."""
     vision, width = config.vision, config.vision.transformer.width
     patches = 2 * (vision.tokens - 1) * vision.patch_size**2 * 3 * width
-    return patches + forward_flops(vision.transformer, vision.tokens) + 2 * width * config.dim
+    return patches + stack_flops(vision.transformer, vision.tokens) + 2 * width * config.dim

@@ -29,7 +29,7 @@ COLLECTION = "lora"
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers are adapted, and how.
+    """Choice of the layers that are adapted, and of their adapters' size.
 
     Attributes:
       targets: regular expressions; a dense layer is adapted if one is found in its path, as `double_blocks/image_out`.
@@ -53,7 +53,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What an adapter's output is multiplied by."""
+        """Factor of an adapter's output."""
         return self.alpha / self.rank
 
 
@@ -102,7 +102,7 @@ def low_rank(x: chex.Array, a: chex.Array, b: chex.Array, scale: float, dtype: A
 
 
 def lora_interceptor(scale: float) -> Callable[..., Any]:
-    """For `flax.linen.intercept_methods`: adds the adapter's output in every module that has variables in `lora`."""
+    """Makes an interceptor for `flax.linen.intercept_methods`: it adds the adapter's output where a module has one."""
     called: list[nn.Module] = []
 
     def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -10,7 +10,6 @@ Blocks are scanned: compile time does not grow with depth, and their parameters 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Dtype = Any
+from egrpo_jax.models.layers import Dtype, in_float32, scan_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +58,6 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     return buckets + one_side * (offsets > 0).astype(np.int32)
 
 
-def rms_norm(dtype: Dtype, param_dtype: Dtype, name: str) -> nn.RMSNorm:
-    """T5's layer norm: by the root mean square, taken in float32."""
-    return nn.RMSNorm(epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name)
-
-
 class Block(nn.Module):
     """Self-attention, then a gated feed-forward part, each on the normalised stream and added to it."""
 
@@ -79,7 +73,7 @@ class Block(nn.Module):
         def linear(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, use_bias=False, name=name, **common)
 
-        hidden = rms_norm(name="attention_norm", **common)(x)
+        hidden = nn.RMSNorm(1e-6, name="attention_norm", **common)(x)
         inner = config.num_heads * config.head_dim
         query, key, value = (
             linear(inner, name)(hidden).reshape(*x.shape[:2], config.num_heads, config.head_dim)
@@ -88,11 +82,10 @@ class Block(nn.Module):
         mixed = jax.nn.dot_product_attention(query, key, value, bias, scale=1.0)
         x = x + linear(config.width, "out")(mixed.reshape(*x.shape[:2], inner))
 
-        hidden = rms_norm(name="mlp_norm", **common)(x)
-        # In float32: rounded once, not after each operation of the activation.
-        gate = nn.gelu(linear(config.mlp_dim, "mlp_gate")(hidden).astype(jnp.float32), approximate=True)
-        gated = gate * linear(config.mlp_dim, "mlp_in")(hidden)
-        return x + linear(config.width, "mlp_out")(gated.astype(self.dtype)), None
+        hidden = nn.RMSNorm(1e-6, name="mlp_norm", **common)(x)
+        gate, up = (linear(config.mlp_dim, name)(hidden) for name in ("mlp_gate", "mlp_in"))
+        gated = in_float32(lambda gate, up: nn.gelu(gate, approximate=True) * up, gate, up)
+        return x + linear(config.width, "mlp_out")(gated), None
 
 
 class T5Encoder(nn.Module):
@@ -121,15 +114,9 @@ class T5Encoder(nn.Module):
         )
         buckets = relative_buckets(ids.shape[1], config.num_buckets, config.max_distance)
         bias = table.astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]  # [1, H, L, L]
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_layers,
-        )
+        blocks = scan_blocks(Block, config.num_layers)
         x, _ = blocks(config, name="blocks", **common)(x, bias)
-        return rms_norm(name="final_norm", **common)(x)
+        return nn.RMSNorm(1e-6, name="final_norm", **common)(x)
 
 
 def forward_flops(config: T5Config, tokens: int) -> int:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from egrpo_jax.models.attention import attention
+from egrpo_jax.models.layers import normalise
 
 PAD_ID = 0
 
@@ -31,11 +32,6 @@ class TextFeatures(NamedTuple):
 
     states: chex.Array
     pooled: chex.Array
-
-
-def normalise(x: chex.Array) -> chex.Array:
-    """`x [..., D]` scaled to unit length; a zero vector stays zero."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
 class TextBlock(nn.Module):

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from egrpo_jax.models.layers import normalise
 from egrpo_jax.models.patches import patchify
-from egrpo_jax.models.text_encoder import normalise
 
 # Both trunks end in a flattened grid, not in its mean: where something is tells a left arrow from a right one.
 
@@ -37,7 +37,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Images `[B, H, W, 3]` in [0, 1] to unit vectors `[B, embed_dim]`, by convolutions at strides 4 and 8."""
+    """Images `[B, height, width, 3]` in [0, 1] to unit vectors `[B, embed_dim]`, by convolutions at strides 4 and 8."""
 
     width: int
     embed_dim: int
@@ -68,7 +68,7 @@ class MixerBlock(nn.Module):
 
 
 class MixerTower(nn.Module):
-    """Images `[B, H, W, 3]` in [0, 1] to unit vectors `[B, embed_dim]`, by MLPs over patches of 8 pixels."""
+    """Images `[B, height, width, 3]` in [0, 1] to unit vectors `[B, embed_dim]`, by MLPs over patches of 8 pixels."""
 
     width: int
     embed_dim: int
@@ -83,7 +83,7 @@ class MixerTower(nn.Module):
 
 
 def patchify_grid(images: chex.Array, patch: int) -> chex.Array:
-    """`patchify` that keeps rows and columns: `[B, H/patch, W/patch, patch * patch * C]`."""
+    """`patchify` that keeps rows and columns: `[B, rows, columns, patch * patch * C]`."""
     batch, height, width, _ = images.shape
     return patchify(images, patch).reshape(batch, height // patch, width // patch, -1)
 
@@ -94,17 +94,18 @@ class Tower(nn.Module):
     config: TowerConfig
 
     def setup(self) -> None:
+        """Makes the trunk, the text head and the logit scale."""
         trunk = {"conv": ConvTower, "mixer": MixerTower}[self.config.kind]
         self.trunk = trunk(self.config.width, self.config.embed_dim)
         self.text_head = nn.Dense(self.config.embed_dim, use_bias=False)
         self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(14.0)), ())
 
     def __call__(self, images: chex.Array, pooled: chex.Array) -> chex.Array:
-        """Logits `[B, K]` of `images [B, H, W, 3]` against texts of pooled vectors `[K, P]`: scaled cosines."""
+        """Logits `[B, K]` of `images [B, height, width, 3]` against texts' pooled vectors `[K, P]`: scaled cosines."""
         return jnp.exp(self.log_scale) * self.encode_images(images) @ self.encode_text(pooled).T
 
     def encode_images(self, images: chex.Array) -> chex.Array:
-        """Unit vectors `[B, embed_dim]` of `images [B, H, W, 3]` in [0, 1]."""
+        """Unit vectors `[B, embed_dim]` of `images [B, height, width, 3]` in [0, 1]."""
         chex.assert_rank(images, 4)
         return self.trunk(images)
 

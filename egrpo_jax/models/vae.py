@@ -1,9 +1,9 @@
-"""The FLUX.1 autoencoder (Black Forest Labs) as pure Flax Linen modules, and its latents.
+"""The decoder of the FLUX.1 autoencoder (Black Forest Labs) as pure Flax Linen modules, and its latents.
 
-The architecture is that of `AutoencoderKL` in diffusers without quantisation convolutions. Encoder and decoder are
-separate subtrees of the parameters: reinforcement learning only decodes, and needs to load nothing else.
-Images are `[B, H, W, 3]`, latents `[B, h, w, C]` with h = H / 8, and the flow model sees 2x2 patches of latents as
-tokens: `pack_latents`. `micro_batched` and `tiled` wrap a decoder to bound its memory.
+The architecture is that of `AutoencoderKL` in diffusers without quantisation convolutions; reinforcement learning only
+decodes. Images are `[B, height, width, 3]`, latents `[B, h, w, C]` with h = height / 8 and w = width / 8, and the flow
+model sees 2x2 patches of latents as tokens: `unpack_latents`. `micro_batched` and `tiled` wrap a decoder to bound its
+memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.models.attention import attention
-
-Dtype = Any
-_BELOW_AND_RIGHT = ((0, 1), (0, 1))
+from egrpo_jax.models.layers import Dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of an autoencoder, named as in the published config.json; the defaults are FLUX.1 (83,819,683 parameters).
+    """Sizes of an autoencoder, named as in the published config.json; the defaults are FLUX.1, whose decoder has
+    49,545,475 parameters.
 
     Attributes:
       block_out_channels: width of each level, full resolution first; all levels but the last halve height and width.
@@ -56,15 +55,15 @@ class VaeConfig:
 
 
 class _Part(nn.Module):
-    """What all parts of the autoencoder are made of."""
+    """Base of the decoder's parts: the layers that they are made of."""
 
     config: VaeConfig
     dtype: Dtype
     param_dtype: Dtype
 
-    def conv(self, channels: int, name: str, stride: int = 1, padding: Any = 1) -> nn.Conv:
+    def conv(self, channels: int, name: str) -> nn.Conv:
         """A 3x3 convolution."""
-        return nn.Conv(channels, (3, 3), stride, padding, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        return nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
     def dense(self, channels: int, name: str) -> nn.Dense:
         """A linear layer over channels, which is also a 1x1 convolution."""
@@ -88,7 +87,7 @@ class _Part(nn.Module):
 
 
 class Resnet(_Part):
-    """A residual block of two convolutions, `[B, H, W, *]` to `[B, H, W, channels]`."""
+    """A residual block of two convolutions, `[B, h, w, *]` to `[B, h, w, channels]`."""
 
     channels: int
 
@@ -133,23 +132,8 @@ class Middle(_Part):
         return Resnet(channels=x.shape[-1], name="resnet_1", **self.common)(x)
 
 
-class Encoder(_Part):
-    """Images `[B, H, W, 3]` to mean and log-variance, joined: `[B, h, w, 2 C]`."""
-
-    @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
-        levels = self.config.block_out_channels
-        x = self.conv(levels[0], "conv_in")(images)
-        for index, channels in enumerate(levels):
-            x = Level(channels=channels, count=self.config.layers_per_block, name=f"down_{index}", **self.common)(x)
-            if index < len(levels) - 1:
-                x = self.conv(channels, f"downsample_{index}", stride=2, padding=_BELOW_AND_RIGHT)(x)
-        x = Middle(name="middle", **self.common)(x)
-        return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("norm_out")(x)))
-
-
 class Decoder(_Part):
-    """Latents `[B, h, w, C]` to images `[B, H, W, 3]`; level 0 is the lowest resolution."""
+    """Latents `[B, h, w, C]` to images `[B, height, width, 3]`; level 0 is the lowest resolution."""
 
     @nn.compact
     def __call__(self, latents: chex.Array) -> chex.Array:
@@ -163,11 +147,11 @@ class Decoder(_Part):
 
 
 class Vae(nn.Module):
-    """Encoder and decoder; a method needs the parameters of its own half alone, `encoder` or `decoder`.
+    """The autoencoder as far as it is needed: its decoder, with parameters under `decoder` as in the published tensors.
 
     Attributes:
       config: the sizes.
-      dtype: what it computes in; results are returned in float32.
+      dtype: what it computes in; images are returned in float32.
       param_dtype: what the parameters are stored in.
     """
 
@@ -175,61 +159,31 @@ class Vae(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype, self.param_dtype)
-        self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
-
-    def __call__(self, images: chex.Array) -> chex.Array:
-        """Images `[B, H, W, 3]` in [-1, 1], encoded to the mean and decoded: initialises both halves."""
-        return self.decode(self.encode_moments(images)[0])
-
-    def encode_moments(self, images: chex.Array) -> tuple[chex.Array, chex.Array]:
-        """Mean and log-variance, `[B, h, w, C]` each, of the latents of `images [B, H, W, 3]` in [-1, 1].
-
-        Raises:
-          ValueError: H or W is no multiple of `config.stride`.
-        """
-        chex.assert_shape(images, (None, None, None, 3))
-        if images.shape[1] % self.config.stride or images.shape[2] % self.config.stride:
-            raise ValueError(f"image size {images.shape[1:3]} must be a multiple of {self.config.stride}")
-        mean, logvar = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30.0, 20.0)
-
+    @nn.compact
     def decode(self, latents: chex.Array) -> chex.Array:
-        """Images `[B, H, W, 3]`, about [-1, 1] but not clipped, of unscaled `latents [B, h, w, C]`."""
+        """Images `[B, height, width, 3]`, about [-1, 1] but not clipped, of unscaled `latents [B, h, w, C]`."""
         chex.assert_shape(latents, (None, None, None, self.config.latent_channels))
-        return self.decoder(latents).astype(jnp.float32)
-
-
-def pack_latents(latents: chex.Array) -> chex.Array:
-    """Tokens `[B, h/2 * w/2, 4 C]`, row-major, of `latents [B, h, w, C]`.
-
-    Channel c at place (i, j) of a 2x2 patch becomes channel 4c + 2i + j of its token.
-
-    Raises:
-      ValueError: h or w is odd.
-    """
-    batch, height, width, channels = latents.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"latents of {height}x{width} cannot be cut into patches of 2x2")
-    patches = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return patches.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, 4 * channels)
+        decoder = Decoder(self.config, self.dtype, self.param_dtype, name="decoder")
+        return decoder(latents).astype(jnp.float32)
 
 
 def unpack_latents(tokens: chex.Array, grid: tuple[int, int]) -> chex.Array:
-    """The inverse of `pack_latents`: tokens `[B, N, 4 C]` on a `grid` of (rows, columns) to `[B, h, w, C]`."""
+    """Latents `[B, h, w, C]` of tokens `[B, N, 4 C]`, row-major on a `grid` of (rows, columns) of 2x2 patches.
+
+    Channel 4c + 2i + j of a token is channel c at place (i, j) of its patch.
+    """
     rows, columns = grid
     chex.assert_shape(tokens, (None, rows * columns, None))
     patches = tokens.reshape(tokens.shape[0], rows, columns, -1, 2, 2)
     return patches.transpose(0, 1, 4, 2, 5, 3).reshape(tokens.shape[0], 2 * rows, 2 * columns, -1)
 
 
-Coder = Callable[[chex.Array], chex.Array]
-"""One half of an autoencoder with its parameters: images in [-1, 1] to unscaled latents, or back."""
+Decode = Callable[[chex.Array], chex.Array]
+"""A decoder with its parameters: unscaled latents `[B, h, w, C]` to images `[B, height, width, 3]` in [-1, 1]."""
 
 
-def latents_to_images(decode: Coder, latents: chex.Array, grid: tuple[int, int], config: VaeConfig) -> chex.Array:
-    """What the flow model made, as images.
+def latents_to_images(decode: Decode, latents: chex.Array, grid: tuple[int, int], config: VaeConfig) -> chex.Array:
+    """Images of the latents that a flow model makes.
 
     Args:
       decode: for instance `lambda z: vae.apply({"params": params}, z, method="decode")`.
@@ -238,32 +192,18 @@ def latents_to_images(decode: Coder, latents: chex.Array, grid: tuple[int, int],
       config: that of the autoencoder.
 
     Returns:
-      Images `[B, H, W, 3]`, clipped to [0, 1].
+      Images `[B, height, width, 3]`, clipped to [0, 1].
     """
     unscaled = unpack_latents(latents, grid) / config.scaling_factor + config.shift_factor
     return jnp.clip(decode(unscaled) / 2 + 0.5, 0, 1)
 
 
-def images_to_latents(encode: Coder, images: chex.Array, config: VaeConfig) -> chex.Array:
-    """The inverse of `latents_to_images`, as far as `encode` is one of `decode`.
-
-    Args:
-      encode: the mean, `lambda x: vae.apply({"params": params}, x, method="encode_moments")[0]`, or a sample.
-      images: `[B, H, W, 3]` in [0, 1]; H and W are multiples of 2 * `config.stride`.
-      config: that of the autoencoder.
-
-    Returns:
-      Latents, packed and scaled, `[B, N, 4 C]`.
-    """
-    return pack_latents((encode(images * 2 - 1) - config.shift_factor) * config.scaling_factor)
+def micro_batched(decode: Decode, size: int) -> Decode:
+    """`decode`, applied to `size` of its inputs at a time; `size` need not divide their number."""
+    return lambda latents: jax.lax.map(lambda one: decode(one[None])[0], latents, batch_size=size)
 
 
-def micro_batched(code: Coder, size: int) -> Coder:
-    """`code`, applied to `size` of its inputs at a time; `size` need not divide their number."""
-    return lambda inputs: jax.lax.map(lambda one: code(one[None])[0], inputs, batch_size=size)
-
-
-def tiled(decode: Coder, tile: int = 128) -> Coder:
+def tiled(decode: Decode, tile: int) -> Decode:
     """`decode` for images too large to be decoded at once: tiles that overlap by a quarter, blended linearly.
 
     The same tiles and weights as `enable_tiling` of diffusers. Group norm and attention see one tile each, hence the
@@ -271,8 +211,11 @@ def tiled(decode: Coder, tile: int = 128) -> Coder:
     smaller: up to four shapes, each compiled once if `decode` is jitted.
 
     Args:
-      decode: `[B, h, w, C]` to `[B, H, W, 3]`.
-      tile: rows and columns of a tile of latents, a multiple of 4; the default is 1024 pixels of FLUX.1.
+      decode: `[B, h, w, C]` to `[B, height, width, 3]`.
+      tile: rows and columns of a tile of latents, a multiple of 4; 128 are 1024 pixels of FLUX.1, as in diffusers.
+
+    Raises:
+      ValueError: `tile` is no positive multiple of 4.
     """
     if tile <= 0 or tile % 4:
         raise ValueError(f"tile {tile} must be a positive multiple of 4")
@@ -320,13 +263,13 @@ def _blend(before: chex.Array, after: chex.Array, overlap: int, axis: int) -> ch
     return jnp.concatenate([old * (1 - weight) + new * weight, rest], axis=axis)
 
 
-def decoder_flops(config: VaeConfig, height: int, width: int) -> int:
-    """Operations of decoding one `[height, width, C]`; a multiply-add is two.
+def decoder_flops(config: VaeConfig, rows: int, columns: int) -> int:
+    """Floating-point operations of decoding latents `[rows, columns, C]`; a multiply-add is two.
 
     Counts convolutions, linear layers and attention: 2.51e12 for an image of 512x512 pixels, 10.47e12 for 1024x1024.
     """
     levels = config.block_out_channels[::-1]
-    pixels, channels = height * width, levels[0]
+    pixels, channels = rows * columns, levels[0]
     flops = pixels * _conv_flops(config.latent_channels, channels)
     flops += pixels * (2 * _resnet_flops(channels, channels) + 8 * channels**2 + 4 * pixels * channels)  # middle
     for index, out in enumerate(levels):

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from egrpo_jax.models.blip import SCORE_MEAN, SCORE_STD, Blip, BlipConfig, TowerConfig, forward_flops
+from egrpo_jax.models.blip import SCORE_MEAN, SCORE_STD, Blip, BlipConfig, forward_flops
+from egrpo_jax.models.layers import StackConfig
 from egrpo_jax.weights.layout import import_tensors, published_shapes
 from egrpo_jax.weights.published.blip import blip_layout
 from tests.oracle.imagereward import CASES, GOLDEN, network_inputs
 from tests.oracle.random_weights import random_tensors
 
 SMALL = BlipConfig(
-    vision=TowerConfig(16, 2, 2, 24),
-    text=TowerConfig(12, 2, 3, 20),
+    vision=StackConfig(16, 2, 2, 24),
+    text=StackConfig(12, 2, 3, 20),
     image_size=12,
     patch_size=4,
     vocab_size=30,
@@ -119,7 +120,7 @@ def test_sizes_are_checked():
     with pytest.raises(AssertionError):
         model(SMALL)(images[:, :8], ids, mask)
     with pytest.raises(ValueError, match="num_heads 3 must divide width 16"):
-        TowerConfig(16, 2, 3, 24)
+        StackConfig(16, 2, 3, 24)
     with pytest.raises(ValueError, match="patch_size 16 must divide image_size 225"):
         BlipConfig(image_size=225)
 

@@ -22,10 +22,10 @@ from egrpo_jax.models.clip import (
     Transformer,
     TransformerConfig,
     end_positions,
-    forward_flops,
     image_flops,
     quick_gelu,
 )
+from egrpo_jax.models.layers import stack_flops
 from egrpo_jax.weights.layout import import_tensors, published_shapes
 from egrpo_jax.weights.published.clip import clip_text_layout
 from tests.oracle.clip import CASES, GOLDEN, SEEDS, bfloat16_error, inputs
@@ -154,7 +154,7 @@ def test_operations(config, tokens):
     kernels = flatten_dict(template(config)["transformer"], sep="/")
     linear = sum(2 * tokens * leaf.size for path, leaf in kernels.items() if path.endswith("kernel"))
     pairs = tokens**2 * config.transformer.num_layers * config.transformer.width
-    assert forward_flops(config.transformer, tokens) == linear + 4 * pairs
+    assert stack_flops(config.transformer, tokens) == linear + 4 * pairs
 
 
 def clip_shapes(config):
@@ -203,7 +203,7 @@ def test_operations_of_an_image(config):
     """Those of its patches, of the stack and of the projection."""
     params = clip_shapes(config)["params"]
     patches = 2 * (config.vision.tokens - 1) * params["vision"]["patches"]["kernel"].size
-    stack = forward_flops(config.vision.transformer, config.vision.tokens)
+    stack = stack_flops(config.vision.transformer, config.vision.tokens)
     assert image_flops(config) == patches + stack + 2 * params["image_projection"]["kernel"].size
     if config == ClipConfig():
         assert 3.3e11 < image_flops(config) < 3.4e11

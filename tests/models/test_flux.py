@@ -4,14 +4,13 @@ import functools
 import types
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from egrpo_jax.models.attention import apply_rope, attention, rope_table
-from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, layer_norm, position_ids, sinusoid
+from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
 from tests.oracle import flux as oracle
 
 SMALL = FluxConfig(
@@ -153,18 +152,6 @@ def test_guidance_must_match_the_config():
         jax.eval_shape(lambda: Flux(SMALL).init(jax.random.key(0), *args[:4], grid=GRID))
     with pytest.raises(ValueError, match="axes_dims"):
         FluxConfig(head_dim=64)
-
-
-def test_sinusoid_has_cosines_first_and_a_factor_of_1000():
-    angles = 1000 * 0.3 * 10_000.0 ** (-np.arange(128) / 128)
-    expected = np.concatenate([np.cos(angles), np.sin(angles)])
-    chex.assert_trees_all_close(sinusoid(jnp.array([0.3]))[0], expected.astype(np.float32), atol=1e-4)
-
-
-def test_layer_norm_against_flax():
-    x = jax.random.normal(jax.random.key(0), (3, 7, 20)) * 5 + 2
-    reference = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
-    chex.assert_trees_all_close(layer_norm(x), reference.apply({}, x), atol=1e-5)
 
 
 def test_rope_rotates_interleaved_pairs():

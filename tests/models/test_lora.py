@@ -17,7 +17,8 @@ from flax.errors import ScopeParamShapeError
 from flax.traverse_util import flatten_dict
 
 from egrpo_jax.common.errors import ConfigError, UserError
-from egrpo_jax.models.flux import Flux, FluxConfig, Linear
+from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.models.layers import Linear
 from egrpo_jax.models.lora import (
     LoraConfig,
     adapted_layers,

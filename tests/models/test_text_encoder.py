@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, normalise
+from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from egrpo_jax.text.emoji_encoder import encode_prompts
 
 CONFIG = TextEncoderConfig(vocab_size=20, width=16, num_layers=1, num_heads=2, pooled_dim=12)
@@ -36,11 +36,6 @@ def test_an_empty_prompt_is_finite(encode):
 def test_wrong_length_is_refused(encode):
     with pytest.raises(AssertionError):
         encode([[1, 2, 3]])
-
-
-def test_normalise_leaves_zero_alone():
-    np.testing.assert_array_equal(normalise(jnp.zeros((1, 3))), 0)
-    np.testing.assert_allclose(normalise(jnp.array([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
 
 
 def test_embedded_encoder_knows_meaning():

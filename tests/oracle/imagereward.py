@@ -58,11 +58,12 @@ class Case:
 
     @property
     def config(self):
-        from egrpo_jax.models.blip import BlipConfig, TowerConfig
+        from egrpo_jax.models.blip import BlipConfig
+        from egrpo_jax.models.layers import StackConfig
 
         return BlipConfig(
-            vision=TowerConfig(*self.vision, 4 * self.vision[0]),
-            text=TowerConfig(*self.text, self.mlp_dim),
+            vision=StackConfig(*self.vision, 4 * self.vision[0]),
+            text=StackConfig(*self.text, self.mlp_dim),
             patch_size=self.patch,
             vocab_size=len(vocabulary()) + 2,
             length=self.length,

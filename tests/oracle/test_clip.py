@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from egrpo_jax.models.clip import ClipText, forward_flops
+from egrpo_jax.models.clip import ClipText
+from egrpo_jax.models.layers import stack_flops
 from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors, import_tensors
 from egrpo_jax.weights.published.clip import clip_text_layout, text_config_from_transformers, text_prefix
@@ -60,4 +61,4 @@ def test_operations_as_torch_counts_them(name):
     case = CASES[name]
     with FlopCounterMode(display=False) as counter:
         outputs(case, published_model(case))
-    assert counter.get_total_flops() == case.batch * forward_flops(case.config.transformer, case.length)
+    assert counter.get_total_flops() == case.batch * stack_flops(case.config.transformer, case.length)

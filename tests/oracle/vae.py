@@ -41,12 +41,12 @@ CASES = {
 
 
 def inputs(case, seed=7):
-    """Images `[B, H, W, 3]` in [-1, 1] and latents `[B, h, w, C]`."""
+    """Latents `[B, h, w, C]`."""
     rng = np.random.default_rng(seed)
     height, width = (case.config.stride * size for size in case.latent_size)
-    images = rng.uniform(-1, 1, (case.batch, height, width, 3))
+    rng.uniform(-1, 1, (case.batch, height, width, 3))  # the golden's latents are the generator's next numbers
     latents = rng.standard_normal((case.batch, *case.latent_size, case.config.latent_channels))
-    return images.astype(np.float32), latents.astype(np.float32)
+    return latents.astype(np.float32)
 
 
 def published_model(case):
@@ -83,10 +83,7 @@ def to_numpy(tensor):
 
 def outputs(case, model, seed=7):
     """What `model` makes of the case's inputs, in its own dtype."""
-    images, latents = (to_torch(array).to(model.dtype) for array in inputs(case, seed))
-    posterior = model.encode(images).latent_dist
-    arrays = {"mean": posterior.mean, "logvar": posterior.logvar, "images": model.decode(latents).sample}
-    return {name: to_numpy(tensor) for name, tensor in arrays.items()}
+    return {"images": to_numpy(model.decode(to_torch(inputs(case, seed)).to(model.dtype)).sample)}
 
 
 def cases():
@@ -98,7 +95,7 @@ def cases():
         model = published_model(case)
         with torch.no_grad():
             arrays = outputs(case, model)
-            arrays["tiled_images"] = to_numpy(model.tiled_decode(to_torch(inputs(case)[1])).sample)
+            arrays["tiled_images"] = to_numpy(model.tiled_decode(to_torch(inputs(case))).sample)
             halved = outputs(case, model.to(torch.bfloat16))
         named[name] = arrays | {f"bf16_{key}": array for key, array in halved.items()}
     return named

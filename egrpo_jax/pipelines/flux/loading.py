@@ -152,7 +152,7 @@ def load_decoder(folder: Path, config: VaeConfig, abstract: Params) -> Params:
     """The decoder of the VAE in `folder`."""
     files = open_tensors(folder)
     fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
-    return load_params(files, vae.vae_layout(config, fmt, ["decoder"]), abstract, ignore=(r"encoder\..*",))
+    return load_params(files, vae.vae_layout(config, fmt), abstract, ignore=(r"encoder\..*",))
 
 
 def published_shift(folder: Path, image_tokens: int) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range, check
-from egrpo_jax.models.flux import Remat
+from egrpo_jax.models.layers import Remat
 from egrpo_jax.models.lora import LoraConfig
 
 Dtype = Literal["bfloat16", "float32"]

@@ -1,4 +1,4 @@
-"""The FLUX.1 autoencoder as it is published: the tensors of both file formats, and diffusers' config.json.
+"""The FLUX.1 autoencoder as it is published: its decoder's tensors in both file formats, and diffusers' config.json.
 
 `diffusers` is the layout of Hugging Face repositories (`vae/*.safetensors`), `bfl` that of `ae.safetensors`. BFL counts
 the levels of the decoder from full resolution down, and makes attention of 1x1 convolutions.
@@ -7,7 +7,7 @@ the levels of the decoder from full resolution down, and makes attention of 1x1 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -40,7 +40,6 @@ KEYS: Mapping[str, Key] = MappingProxyType(
 )
 """The keys of config.json; those that `VaeConfig` has no place for must say what FLUX.1's and SD3.5's say."""
 
-Part = Literal["encoder", "decoder"]
 Format = Literal["diffusers", "bfl"]
 
 
@@ -51,8 +50,6 @@ class _Names:
     `attention_layers` are group norm, query, key, value and output, of which `attention_form` is the kernels'.
     """
 
-    down: str
-    downsample: str
     up: str
     upsample: str
     up_counts_upwards: bool
@@ -66,8 +63,6 @@ class _Names:
 
 _NAMES: dict[Format, _Names] = {
     "diffusers": _Names(
-        down="down_blocks.{}.resnets.{}",
-        downsample="down_blocks.{}.downsamplers.0.conv",
         up="up_blocks.{}.resnets.{}",
         upsample="up_blocks.{}.upsamplers.0.conv",
         up_counts_upwards=True,
@@ -79,8 +74,6 @@ _NAMES: dict[Format, _Names] = {
         norm_out="conv_norm_out",
     ),
     "bfl": _Names(
-        down="down.{}.block.{}",
-        downsample="down.{}.downsample.conv",
         up="up.{}.block.{}",
         upsample="up.{}.upsample.conv",
         up_counts_upwards=False,
@@ -94,37 +87,21 @@ _NAMES: dict[Format, _Names] = {
 }
 
 
-def vae_layout(config: VaeConfig, fmt: Format, parts: Sequence[Part] = ("encoder", "decoder")) -> Layout:
-    """The tensors of the autoencoder.
+def vae_layout(config: VaeConfig, fmt: Format) -> Layout:
+    """The tensors of the decoder.
 
     Args:
       config: sizes of the model.
       fmt: "diffusers" for `vae/diffusion_pytorch_model.safetensors`, "bfl" for `ae.safetensors`.
-      parts: the halves wanted.
     """
-    builders: dict[Part, Callable[[VaeConfig, _Names], Layout]] = {"encoder": _encoder, "decoder": _decoder}
     return tuple(
         dataclasses.replace(
             e,
-            name=f"{part}.{e.name}",
-            leaves=tuple(dataclasses.replace(leaf, path=f"{part}/{leaf.path}") for leaf in e.leaves),
+            name=f"decoder.{e.name}",
+            leaves=tuple(dataclasses.replace(leaf, path=f"decoder/{leaf.path}") for leaf in e.leaves),
         )
-        for part in parts
-        for e in builders[part](config, _NAMES[fmt])
+        for e in _decoder(config, _NAMES[fmt])
     )
-
-
-def _encoder(config: VaeConfig, names: _Names) -> Layout:
-    levels = config.block_out_channels
-    layout = _kernel("conv_in", "conv_in", CONV)
-    channels = levels[0]
-    for level, out in enumerate(levels):
-        for index in range(config.layers_per_block):
-            layout += _resnet(names.down.format(level, index), f"down_{level}/resnet_{index}", channels != out, names)
-            channels = out
-        if level < len(levels) - 1:
-            layout += _kernel(names.downsample.format(level), f"downsample_{level}", CONV)
-    return layout + _middle(names) + _output(names)
 
 
 def _decoder(config: VaeConfig, names: _Names) -> Layout:
