@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 Params = dict[str, Any]
 
@@ -118,21 +118,6 @@ def leaf_rows(entry: Entry, params: Mapping[str, Any]) -> tuple[int, ...]:
     """The number of rows of the tensor that belong to each leaf; 0 for a scalar."""
     flat = flatten_dict(params, sep="/")
     return tuple((*_published_shape(entry.form, leaf, flat), 0)[0] for leaf in entry.leaves)
-
-
-def import_tensors(layout: Layout, tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> Params:
-    """Our tree of NumPy arrays, shaped like `abstract`, from all the tensors of `layout` in host memory."""
-    flat: dict[str, Any] = {}
-    for e in layout:
-        for leaf, array in split_tensor(e, tensors[e.name], leaf_rows(e, abstract)):
-            flat.setdefault(leaf.path, {})[leaf.layer] = array
-    return unflatten_dict(
-        {
-            path: layers[None] if None in layers else np.stack([layers[index] for index in range(len(layers))])
-            for path, layers in flat.items()
-        },
-        sep="/",
-    )
 
 
 def export_tensors(layout: Layout, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from egrpo_jax.models.blip import SCORE_MEAN, SCORE_STD, Blip, BlipConfig, forward_flops
 from egrpo_jax.models.layers import StackConfig
-from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.blip import blip_layout
+from tests.layouts import import_tensors
 from tests.oracle.imagereward import CASES, GOLDEN, network_inputs
 from tests.oracle.random_weights import random_tensors
 

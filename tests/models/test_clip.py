@@ -26,8 +26,9 @@ from egrpo_jax.models.clip import (
     quick_gelu,
 )
 from egrpo_jax.models.layers import stack_flops
-from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.clip import clip_text_layout
+from tests.layouts import import_tensors
 from tests.oracle.clip import CASES, GOLDEN, SEEDS, bfloat16_error, inputs
 from tests.oracle.random_weights import random_tensors
 

@@ -10,8 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from egrpo_jax.models.t5 import T5Config, T5Encoder, forward_flops, relative_buckets
-from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.t5 import t5_layout
+from tests.layouts import import_tensors
 from tests.oracle.random_weights import random_tensors
 from tests.oracle.t5 import CASES, GOLDEN, SEEDS, bfloat16_error, inputs
 

@@ -17,8 +17,9 @@ from egrpo_jax.models.vae import (
     tiled,
     unpack_latents,
 )
-from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.vae import vae_layout
+from tests.layouts import import_tensors
 from tests.oracle.random_weights import random_tensors
 from tests.oracle.vae import CASES, GOLDEN, inputs
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.models.flux import Flux, FluxConfig, position_ids
-from egrpo_jax.weights.layout import import_tensors, published_shapes
+from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
+from tests.layouts import import_tensors
 from tests.oracle.random_weights import random_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "flux.npz"

@@ -7,8 +7,9 @@ import pytest
 from egrpo_jax.models.clip import ClipText
 from egrpo_jax.models.layers import stack_flops
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors
+from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.published.clip import clip_text_layout, text_config_from_transformers, text_prefix
+from tests.layouts import import_tensors
 from tests.models.test_clip import our_bfloat16_error, relative_error, template
 from tests.oracle.clip import CASES, GOLDEN, cases, inputs, outputs, published_model
 

@@ -17,9 +17,10 @@ from egrpo_jax.models.flux import Flux, FluxConfig  # noqa: E402
 from egrpo_jax.models.lora import LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
 from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora  # noqa: E402
 from egrpo_jax.pipelines.flux.loading import transformer_shapes  # noqa: E402
-from egrpo_jax.weights.layout import import_tensors, published_shapes  # noqa: E402
+from egrpo_jax.weights.layout import published_shapes  # noqa: E402
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora  # noqa: E402
 from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
+from tests.layouts import import_tensors  # noqa: E402
 from tests.oracle.flux import CASES, cotangent, inputs, published_model, published_velocity  # noqa: E402
 
 CASE = CASES["dev"]

@@ -6,8 +6,9 @@ import pytest
 
 from egrpo_jax.models.t5 import T5Encoder, forward_flops, relative_buckets
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors
+from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.published.t5 import IGNORED, config_from_transformers, t5_layout
+from tests.layouts import import_tensors
 from tests.models.test_t5 import our_bfloat16_error, relative_error, template
 from tests.oracle.t5 import CASES, GOLDEN, cases, inputs, outputs, published_model
 

@@ -17,12 +17,12 @@ from egrpo_jax.weights.layout import (
     entry,
     export_tensors,
     for_layers,
-    import_tensors,
     leaf_rows,
     linear,
     published_shapes,
     split_tensor,
 )
+from tests.layouts import import_tensors
 from tests.weights.test_load import LAYOUT, params, published, template
 
 

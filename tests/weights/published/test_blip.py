@@ -10,8 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from egrpo_jax.models.blip import BlipConfig
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.blip import IGNORED, blip_layout
+from tests.layouts import import_tensors
 from tests.models.test_blip import SMALL, golden, template
 from tests.oracle.imagereward import CASES
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig, TransformerConfig
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.clip import (
     IGNORED,
     PREFIX,
@@ -24,6 +24,7 @@ from egrpo_jax.weights.published.clip import (
     text_config_from_transformers,
     text_prefix,
 )
+from tests.layouts import import_tensors
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED = json.loads((GOLDEN / "clip_l_text_shapes.json").read_text())

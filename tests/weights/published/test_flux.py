@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.flux import config_from_diffusers, config_to_diffusers, flux_layout
+from tests.layouts import import_tensors
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = FluxConfig(

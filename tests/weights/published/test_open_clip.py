@@ -11,8 +11,9 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.open_clip import config_from_open_clip, open_clip_layout
+from tests.layouts import import_tensors
 from tests.weights.published.test_clip import GOLDEN, clip_template, held_leaves, leaves_of
 
 SMALL = ClipConfig(

@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.t5 import IGNORED, config_from_transformers, t5_layout
+from tests.layouts import import_tensors
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "golden" / "t5_xxl_encoder_shapes.json").read_text())
 SMALL = T5Config(vocab_size=10, width=6, num_layers=3, num_heads=2, head_dim=4, mlp_dim=5)

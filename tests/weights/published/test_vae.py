@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.layout import export_tensors, import_tensors, published_shapes
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from egrpo_jax.weights.published.vae import KEYS, config_from_diffusers, vae_layout
 from tests import tiny_flux
+from tests.layouts import import_tensors
 from tests.models.test_vae import decoder_shapes
 from tests.oracle.random_weights import random_tensors
 
