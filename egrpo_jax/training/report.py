@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.evaluation.history import (
@@ -27,6 +28,7 @@ from egrpo_jax.evaluation.history import (
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.figures import grids as images
 from egrpo_jax.figures import plots
+from egrpo_jax.rewards.base import LARGEST
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
@@ -57,11 +59,17 @@ class Evaluator:
         self.history = load_evaluations(workdir, iteration, job.rewards, self._prompts) if iteration else []
 
     def __call__(self, progress: Progress) -> dict[str, float]:
-        """Adds an evaluation to `history`, writes its scores and a grid of images, and returns its numbers."""
+        """Adds an evaluation to `history`, writes its scores and a grid of images, and returns its numbers.
+
+        Raises:
+          UserError: it is the first, and a reward scored none of its images.
+        """
         job, key = self._job, jax.random.fold_in(jax.random.key(self._job.config.seed), EVALUATION_SEED)
         params = combine(policy_params(progress.state), self._frozen)
         prompts, kept = job.evaluation_prompts, job.config.evaluation.kept
         now = evaluate(progress.iteration, self._sampler, params, prompts, key, job.rewards, kept)
+        if not self.history:
+            _check_scored(now)
         self.history.append(now)
         save_evaluation(self._workdir, now, self._prompts)
         captions = kept_prompts(job)
@@ -71,6 +79,17 @@ class Evaluator:
         for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
             _warn(f"iteration {progress.iteration}: {line}")
         return evaluation_numbers(self.history[0], now)
+
+
+def _check_scored(first: Evaluation) -> None:
+    """Raises UserError if a reward gave the `first` evaluation nothing that later ones could be compared with."""
+    for name, scores in first.scores.items():
+        if not scores.came.any():
+            raise UserError(
+                f"the reward {name!r} scored none of the {len(scores.came)} evaluation images before the first "
+                f"iteration, expected finite numbers within plus and minus {LARGEST:g}; if it is on another machine, "
+                "see that its server answers"
+            )
 
 
 def warn_of_rounding(config: TrainConfig, numbers: dict[str, float]) -> None:
