@@ -54,7 +54,8 @@ class Evaluator:
           UserError: one of them is missing, damaged, or of other prompts or rewards.
         """
         self._job, self._frozen, self._workdir = job, frozen, workdir
-        self._sampler = Sampler(job.pipeline, job.plan.times, job.config.evaluation.batch)
+        batch = min(job.config.evaluation.batch, len(job.evaluation_prompts))
+        self._sampler = Sampler(job.pipeline, job.plan.times, batch)
         self._prompts = prompts_hash(job.evaluation_prompts)
         self.history = load_evaluations(workdir, iteration, job.rewards, self._prompts) if iteration else []
 
@@ -146,7 +147,10 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
     """The run's last words: a table of what changed on the evaluation prompts, and the pictures."""
     config, first, last = job.config, history[0], history[-1]
     numbers = evaluation_numbers(first, last)
-    print(f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, paired change with its 95 % interval:")
+    print(
+        f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, iteration {first.iteration} -> "
+        f"{last.iteration}, paired change with its 95 % interval:"
+    )
     for name in job.rewards:
         change, width = numbers[f"eval/{name}/change"], numbers[f"eval/{name}/change_ci95"]
         role = "trained" if name in config.rewards.train else "held out"
