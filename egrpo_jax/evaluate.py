@@ -40,6 +40,7 @@ from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.job import image_size
 from egrpo_jax.training.state import restore_trained
 
 FLAGS = flags.FlagValues()
@@ -110,6 +111,8 @@ def main() -> None:
         judging = chosen_judging(config, trained, mesh)
         pipeline = load_pipeline(config.model)
         pipeline.require(prompts)
+        for reward in judging.rewards.values():
+            reward.require(prompts, image_size(pipeline))
         models, tuned = load_models(config, pipeline, workdir, mesh)
         sampling = SAMPLING.sampling(config, pipeline, len(prompts))
         results = sample_and_score(sampling.sampler(pipeline), models, prompts, SAMPLING.seed, sampling.batch, judging)

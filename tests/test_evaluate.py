@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -78,6 +79,21 @@ def test_one_prompt_has_no_interval(tmp_path, workdir):
         assert row["change"]["mean"] is not None
         assert (row["change"]["low"], row["change"]["high"]) == (None, None)
     assert " [none] |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewards=emoji_judge_r1", "--prompt=a fox"], "expected names of emoji as prompts"),
+        (["--rewards=tests.rewards.own:scalar"], "'tests.rewards.own:scalar' gave 0.5, expected an array"),
+    ],
+)
+def test_rewards_are_tried_before_anything_is_sampled(tmp_path, arguments, message):
+    sampled = mock.patch("egrpo_jax.evaluation.side_by_side.sample_and_score", side_effect=AssertionError)
+    with sampled:
+        done = run(tmp_path / "out", "--config=configs/emoji.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 @pytest.mark.slow

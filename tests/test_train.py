@@ -259,6 +259,15 @@ def test_a_server_that_is_down_for_a_while_costs_groups_and_not_the_run(tmp_path
     assert first["eval/judge/missing"] == 0
 
 
+@pytest.mark.parametrize("role", ["train", "heldout"])
+def test_a_reward_that_scores_nothing_is_found_before_the_first_iteration(tmp_path, role):
+    changed = config(**{f"rewards.{role}": ("tests.rewards.own:nan_always",)})
+    with pytest.raises(UserError, match=r"'tests\.rewards\.own:nan_always' scored none of the 200 evaluation images"):
+        program.train(changed, tmp_path)
+    assert not (tmp_path / "eval").exists()
+    assert program.train(config(num_iterations=1), tmp_path) is None  # mended, in the same place
+
+
 def test_what_is_wrong_with_rewards_is_said_before_anything_is_loaded():
     for changes, message in (
         ({"rewards.clips": (1.0, 2.0)}, r"config\.rewards\.clips: found \(1\.0, 2\.0\)"),

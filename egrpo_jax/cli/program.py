@@ -104,7 +104,7 @@ def _one_line_for_what_is_no_bug() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         full = _full_disk(error)
-        line = str(error) if isinstance(error, UserError) else full
+        line = str(error) if isinstance(error, UserError) else full or _long_name(error)
         if line is None:
             raise
         _tell(f"error: {line}")
@@ -121,6 +121,13 @@ def _full_disk(error: BaseException | None) -> str | None:
         if os.strerror(errno.ENOSPC) in str(error):  # as C++ libraries tell it
             return f"cannot write: {os.strerror(errno.ENOSPC)} ({str(error).splitlines()[0][:100]})"
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _long_name(error: Exception) -> str | None:
+    """What is said of a path that no file system takes: even to ask whether it exists raises."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: {error.strerror}; expected a path to a file or folder"
     return None
 
 

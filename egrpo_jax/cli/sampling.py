@@ -45,7 +45,12 @@ class SamplingFlags:
             "seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=LAST_SEED, flag_values=values
         )
         self._steps = flags.DEFINE_integer(
-            "steps", None, "Steps of the flow; by default those of the plan.", lower_bound=1, flag_values=values
+            "steps",
+            None,
+            "Steps of the flow; by default those of the plan.",
+            lower_bound=1,
+            upper_bound=10_000,  # as of a plan
+            flag_values=values,
         )
         self._grid = flags.DEFINE_enum(
             "grid",

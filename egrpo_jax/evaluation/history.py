@@ -73,12 +73,16 @@ def load_evaluations(workdir: Path, last: int, rewards: Iterable[str], prompts: 
     """The evaluations of iterations up to `last`, in order; later ones belong to a future that did not happen.
 
     Raises:
-      UserError: there are none, one is damaged, or one is of other rewards or of prompts with another hash.
+      UserError: the first, of iteration 0, is missing, one is damaged, or one is of other rewards or of prompts with
+        another hash.
     """
     paths = [path for path in sorted((workdir / "eval").glob("*.npz")) if re.fullmatch("[0-9]{6,}", path.stem)]
     evaluations = [_load(path, set(rewards), prompts) for path in paths if int(path.stem) <= last]
-    if not evaluations:
-        raise UserError(f"found no evaluation in {workdir / 'eval'}; restore it or start over in another workdir")
+    if not evaluations or evaluations[0].iteration:
+        raise UserError(
+            f"found no {workdir / 'eval' / '000000.npz'}, the evaluation that all later ones are compared with; "
+            "restore it or start over in another workdir"
+        )
     return evaluations
 
 
@@ -89,6 +93,7 @@ def _load(path: Path, rewards: set[str], prompts: str) -> Evaluation:
         names = {key.removeprefix("score:") for key in arrays if key.startswith("score:")}
         scores = {name: Scores(arrays[f"score:{name}"], arrays[f"came:{name}"].astype(bool)) for name in names}
         evaluation, found = Evaluation(int(path.stem), scores, arrays["images"]), str(arrays["prompts"])
+        _check_arrays(evaluation)
     except Exception as error:  # NumPy, zipfile and zlib have one each for every way in which a file can be damaged
         raise UserError(
             f"cannot read {path}: {first_line(error)}; restore it or start over in another workdir"
@@ -98,6 +103,14 @@ def _load(path: Path, rewards: set[str], prompts: str) -> Evaluation:
     if found != prompts:
         raise UserError(f"{path} is of other prompts: the evaluation's have changed since, which needs a new workdir")
     return evaluation
+
+
+def _check_arrays(evaluation: Evaluation) -> None:
+    """Raises ValueError if the arrays of `evaluation` are not of one kind and number of prompts."""
+    shapes = {array.shape for scores in evaluation.scores.values() for array in scores}
+    kinds = {scores.values.dtype for scores in evaluation.scores.values()}
+    if len(shapes) != 1 or kinds != {np.dtype(np.float32)} or evaluation.images.dtype != np.uint8:
+        raise ValueError("its arrays do not belong together")
 
 
 def evaluation_numbers(first: Evaluation, now: Evaluation) -> dict[str, float]:

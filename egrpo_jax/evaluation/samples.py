@@ -59,9 +59,9 @@ class Sheet:
         """Raises UserError if there are too many prompts, or `out` cannot be written."""
         if len(prompts) > SHOWN:
             raise UserError(f"--out={out}: a sheet holds {SHOWN} images, found {len(prompts)} prompts; name a folder")
+        _check_writable(out, out.parent)
         if out.is_dir():
             raise UserError(f"cannot write {out}: it is a folder")
-        _check_writable(out, out.parent)
         self._out, self._prompts, self._thumbnails = out, prompts, list[np.ndarray]()
 
     def begin(self, settings: Mapping[str, Any]) -> int:

@@ -12,9 +12,13 @@ from numpy.typing import ArrayLike
 
 T = TypeVar("T")
 
+LARGEST = 1e15
+"""Beyond it a score is none: float32 must hold the squares of weighted ones, of which a group's spread is made."""
+
 Reward = Callable[[chex.Array, Sequence[str]], Any]
-"""`(images[B, H, W, 3] in [0, 1], prompts) -> B numbers`, higher is better, always the same for the same; nan, infinite
-or, in a list, None where no score came. It is called with finite images alone. It may have
+"""`(images[B, H, W, 3] in [0, 1], prompts) -> B numbers`, higher is better, always the same for the same; where no
+score came nan, infinity, a number beyond `LARGEST` or, in a list, None. It is called with finite images alone. It may
+have
 
 - `start`, with these arguments, which scores in the background: see `start`;
 - `require(prompts, (height, width))`, which raises UserError for prompts or a size that it cannot score;
@@ -37,10 +41,10 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, numbers: ArrayLike) -> Scores:
-        """Scores from `numbers [B]`; one that is not finite in float32 did not come."""
+        """Scores from `numbers [B]`; one that is nan or beyond plus and minus `LARGEST` did not come."""
         with np.errstate(over="ignore"):
             values = np.asarray(numbers).astype(np.float32)
-        came = np.isfinite(values)
+        came = np.abs(values) <= LARGEST
         return cls(np.where(came, values, 0), came)
 
     @classmethod

@@ -29,8 +29,10 @@ PyTree = Any
 
 # What Orbax and TensorStore raise for missing, truncated and garbled files, besides a bare Exception.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
-# Orbax logs, with its traceback, every error of the thread that writes, and raises it again when that is waited for.
-logging.get_absl_logger().addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+# Orbax logs, with its traceback, every error of the thread that writes, and raises it again when that is waited for;
+# and that a damaged checkpoint's metadata cannot be read, which we tell.
+_TOLD = re.compile(r"_SignalingThread\.run\(\) raised|Metadata file")
+logging.get_absl_logger().addFilter(lambda record: not _TOLD.search(record.getMessage()))
 _NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED")
 
 
@@ -42,15 +44,22 @@ class Checkpoints:
       damaged: the damaged checkpoints that `restore_latest` found, where they now lie.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
-        """Opens or makes `directory` and removes what a killed save left; `keep` >= 2 of the newest are kept."""
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, read_only: bool = False):
+        """Opens or makes `directory` and removes what a killed save left; `keep` >= 2 of the newest are kept.
+
+        `read_only`: changes nothing there, not even what is damaged or half written: the run may be under way.
+        """
         if keep < 2:
             raise ValueError(f"keep must be at least 2, so that one damaged checkpoint loses little; found {keep}")
         self.damaged: list[Path] = []
-        self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.directory, self._read_only = Path(directory).absolute(), read_only
+        # Not Orbax's own `read_only`, of which it warns three times.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only
+        )
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.directory}: {error.strerror}") from error
@@ -95,7 +104,8 @@ class Checkpoints:
     def restore_latest(self, template: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.
 
-        Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good.
+        Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good; they
+        stay where all is only read.
 
         Args:
           template: the state, or the same tree of `jax.ShapeDtypeStruct`. The result has its shardings; a struct
@@ -143,6 +153,9 @@ class Checkpoints:
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
         for step, error in failures.items():
+            if self._read_only:
+                logging.warning("checkpoint %d is damaged (%s); step %d is read", step, first_line(error), restored)
+                continue
             number = sum(1 for _ in self.directory.glob(f"damaged-{step}-*"))
             aside = self.directory / f"damaged-{step}-{number}"
             multihost_utils.sync_global_devices(f"damaged-{step}")  # every process has counted
@@ -153,7 +166,7 @@ class Checkpoints:
                 "checkpoint %d is damaged (%s); moved to %s, continuing from step %d",
                 step, first_line(error), aside, restored,
             )  # fmt: skip
-        if failures:
+        if self.damaged:
             multihost_utils.sync_global_devices("damaged")
             self._manager.reload()
 

@@ -82,7 +82,8 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write metrics in {self._workdir}: {error.strerror}") from error
+            place = error.filename or self._workdir
+            raise UserError(f"cannot write metrics in {place}: {error.strerror}") from error
 
 
 class TensorBoardWriter:

@@ -131,6 +131,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if any(part in ("", ".", "..") for part in self.name.split("/")):
+            raise ConfigError("name", self.name, "the name of a folder within runs/")
         rollout = self.prompts_per_rollout
         if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.evaluation.history import (
@@ -26,6 +27,7 @@ from egrpo_jax.evaluation.history import (
 )
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.figures import grids, plots
+from egrpo_jax.rewards.base import LARGEST
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
@@ -51,16 +53,23 @@ class Evaluator:
           UserError: one of them is missing, damaged, or of other prompts or rewards.
         """
         self._job, self._frozen, self._workdir = job, frozen, workdir
-        self._sampler = Sampler(job.pipeline, job.plan.times, job.config.evaluation.batch)
+        batch = min(job.config.evaluation.batch, len(job.evaluation_prompts))
+        self._sampler = Sampler(job.pipeline, job.plan.times, batch)
         self._prompts = prompts_hash(job.evaluation_prompts)
         self.history = load_evaluations(workdir, iteration, job.rewards, self._prompts) if iteration else []
 
     def __call__(self, progress: Progress) -> dict[str, float]:
-        """Adds an evaluation to `history`, writes its scores and a grid of images, and returns its numbers."""
+        """Adds an evaluation to `history`, writes its scores and a grid of images, and returns its numbers.
+
+        Raises:
+          UserError: it is the first, and a reward scored none of its images.
+        """
         job, key = self._job, jax.random.fold_in(jax.random.key(self._job.config.seed), EVALUATION_SEED)
         params = combine(policy_params(progress.state), self._frozen)
         prompts, kept = job.evaluation_prompts, job.config.evaluation.kept
         now = evaluate(progress.iteration, self._sampler, params, prompts, key, job.rewards, kept)
+        if not self.history:
+            _check_scored(now)
         self.history.append(now)
         save_evaluation(self._workdir, now, self._prompts)
         captions = kept_prompts(job)
@@ -70,6 +79,17 @@ class Evaluator:
         for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
             _warn(f"iteration {progress.iteration}: {line}")
         return evaluation_numbers(self.history[0], now)
+
+
+def _check_scored(first: Evaluation) -> None:
+    """Raises UserError if a reward gave the `first` evaluation nothing that later ones could be compared with."""
+    for name, scores in first.scores.items():
+        if not scores.came.any():
+            raise UserError(
+                f"the reward {name!r} scored none of the {len(scores.came)} evaluation images before the first "
+                f"iteration, expected finite numbers within plus and minus {LARGEST:g}; if it is on another machine, "
+                "see that its server answers"
+            )
 
 
 def warn_of_rounding(config: TrainConfig, numbers: dict[str, float]) -> None:
@@ -126,7 +146,10 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
     """Prints a table of what changed on the evaluation prompts, and draws the figures."""
     config, first, last = job.config, history[0], history[-1]
     numbers = evaluation_numbers(first, last)
-    print(f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, paired change with its 95 % interval:")
+    print(
+        f"\n{len(job.evaluation_prompts)} evaluation prompts, fixed noise, iteration {first.iteration} -> "
+        f"{last.iteration}, paired change with its 95 % interval:"
+    )
     for name in job.rewards:
         change, width = numbers[f"eval/{name}/change"], numbers[f"eval/{name}/change_ci95"]
         role = "trained" if name in config.rewards.train else "held out"

@@ -99,7 +99,7 @@ def restore_trained(workdir: Path, pipeline: Pipeline, config: TrainConfig, mesh
         raise UserError(f"found no checkpoints in {workdir}, expected the workdir of a training run")
     trained, _ = partition(pipeline.abstract(mesh), pipeline.trainable)
     kept = "params" if config.learner.ema_decay is None else "ema"
-    checkpoints = Checkpoints(directory, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(directory, read_only=True)
     try:
         # Without the optimizer's moments, which may be twice as large as all that is asked for.
         restored = checkpoints.restore_latest({"state": {kept: trained}}, partial=True)

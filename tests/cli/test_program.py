@@ -54,6 +54,8 @@ def main():
         thread.start()
         thread.join()
         full()
+    if job.steps == 20:
+        os.stat("x" * 300)
     for _ in range(job.steps // 1000):
         print("x" * 1000)
     if job.steps == 18:
@@ -195,6 +197,12 @@ def test_a_mistake_is_one_line(folder, arguments, message):
     assert result.stdout == ""
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_name_that_is_too_long_is_one_line(folder):
+    result = start(folder, "--config=good.py:20")
+    message = f"error: {'x' * 300}: File name too long; expected a path to a file or folder\n"
+    assert (result.returncode, result.stderr) == (2, message)
 
 
 def test_a_bug_keeps_its_traceback(folder):

@@ -51,6 +51,12 @@ def test_seeds_that_jax_does_not_tell_apart_are_refused(seed):
         sampling(f"--seed={seed}")
 
 
+@pytest.mark.parametrize("steps", [0, 10**9])
+def test_steps_that_nobody_means_are_refused(steps):
+    with pytest.raises(flags.IllegalFlagValueError, match="--steps"):
+        sampling(f"--steps={steps}")
+
+
 def test_the_last_seed_is_another_than_the_first():
     assert sampling(f"--seed={LAST_SEED}").seed == LAST_SEED
     noise = [jax.random.normal(jax.random.key(seed), (4,)) for seed in (0, LAST_SEED - 1, LAST_SEED)]

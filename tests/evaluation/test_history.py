@@ -55,7 +55,9 @@ def test_record_is_read_back_up_to_an_iteration(tmp_path, first):
     chex.assert_trees_all_equal(load_evaluations(tmp_path, 0, ["bright"], "hash")[0], first)
 
 
-@pytest.mark.parametrize("damage", ["head", "truncated", "flipped", "empty", "other arrays"])
+@pytest.mark.parametrize(
+    "damage", ["head", "truncated", "flipped", "empty", "other arrays", "fewer scores", "other kind"]
+)
 def test_a_damaged_record_is_named(tmp_path, damage):
     save_evaluation(tmp_path, evaluation(0, a=[1.0, 2.0]), "hash")
     path = tmp_path / "eval" / "000000.npz"
@@ -71,6 +73,10 @@ def test_a_damaged_record_is_named(tmp_path, damage):
     path.write_bytes(content)
     if damage == "other arrays":
         np.savez(path, a=np.zeros(3))
+    if damage in ("fewer scores", "other kind"):
+        arrays = dict(np.load(path))
+        change = {"fewer scores": lambda scores: scores[:1], "other kind": lambda scores: scores.astype(str)}[damage]
+        np.savez(path, **arrays | {"score:a": change(arrays["score:a"])})
     with pytest.raises(UserError, match=r"cannot read .*000000\.npz"):
         load_evaluations(tmp_path, 0, ["a"], "hash")
 
@@ -86,8 +92,11 @@ def test_a_record_of_something_else_is_refused(tmp_path, rewards, prompts, what)
 
 
 def test_a_missing_record_is_named(tmp_path):
-    with pytest.raises(UserError, match="found no evaluation"):
-        load_evaluations(tmp_path, 5, ["a"], "hash")
+    """The first above all: without it, changes would be counted from another one."""
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"found no .*000000\.npz, the evaluation that all later ones"):
+            load_evaluations(tmp_path, 5, ["a"], "hash")
+        save_evaluation(tmp_path, evaluation(4, a=[1.0, 2.0]), "hash")
 
 
 def test_numbers_are_paired_changes():

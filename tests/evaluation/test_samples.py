@@ -119,6 +119,7 @@ def test_a_grid_shows_a_bounded_number(tmp_path, monkeypatch):
         ("file", "cannot write .*file: Not a directory"),
         ("folder.png", r"cannot write .*folder\.png: it is a folder"),
         ("x" * 300, "File name too long"),
+        ("x" * 300 + ".png", "File name too long"),
         ("x.gif", r"x\.gif: expected one of the endings \.png, \.jpg, \.jpeg, \.webp, or a folder"),
     ],
 )

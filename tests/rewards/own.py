@@ -93,6 +93,11 @@ def huge(images, prompts):
     return np.where(np.arange(len(prompts)) % 3 == 0, -1e39, np.asarray(images.mean((1, 2, 3)), np.float64))
 
 
+def no_square(images, prompts):
+    """1e38 is finite in float32, its square is not: a spread of such would be infinite, and every advantage 0."""
+    return np.where(np.arange(len(prompts)) % 3 == 0, 1e38, np.asarray(images.mean((1, 2, 3))))
+
+
 def scalar(images, prompts):
     return float(np.mean(np.asarray(images)))
 

@@ -36,7 +36,7 @@ GIVEN = {  # what is taken, and the scores it stands for
     "ints": [0, 1, 2, 3, 4],
     "bools": [0, 0, 0, 0, 1],
     "nan_always": [None] * 5,
-    **dict.fromkeys(("inf_some", "none_some", "huge"), PARTLY),
+    **dict.fromkeys(("inf_some", "none_some", "huge", "no_square"), PARTLY),
 }
 
 

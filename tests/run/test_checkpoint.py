@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 import resource
@@ -182,6 +183,25 @@ def test_damage_falls_back(directory, damage, caplog):
     step, state, _ = checkpoints.restore_latest(make_state())
     assert step == 2
     assert_same(state, make_state(5))
+    assert (directory / "damaged-2-0").exists()
+
+
+def test_who_only_reads_changes_nothing(directory, caplog):
+    """The run may be under way: what it is just writing is half written, and not a killed save's."""
+    (directory / "3.orbax-checkpoint-tmp").mkdir()
+    (directory / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    flip_bit(directory / "2/meta/metadata")
+    before = sorted(directory.rglob("*"))
+    with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+        step, state, _ = checkpoints.restore_latest(make_state())
+    assert step == 1
+    assert_same(state, make_state(1))
+    assert sorted(directory.rglob("*")) == before
+    assert [record.getMessage()[:23] for record in caplog.records] == ["checkpoint 2 is damaged"]
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        checkpoints.restore_latest(make_state())
+        checkpoints.save(4, make_state(4), {})
+    assert not (directory / "3.orbax-checkpoint-tmp").exists()
     assert (directory / "damaged-2-0").exists()
 
 

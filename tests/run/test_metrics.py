@@ -126,6 +126,9 @@ def test_files_that_cannot_be_used(tmp_path):
     assert read_metrics(path) == [{"iteration": 1}]
     with pytest.raises(UserError, match="cannot write"):
         MetricsWriter(path, None)
+    (tmp_path / "tb").write_text("")
+    with pytest.raises(UserError, match=f"cannot write metrics in {tmp_path}/tb: File exists"):
+        MetricsWriter(tmp_path, None)
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
