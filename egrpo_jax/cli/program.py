@@ -137,6 +137,9 @@ def _silence_threads_on_a_full_disk() -> None:
     logging.getLogger("absl").addFilter(silent)
     usual = threading.excepthook
     threading.excepthook = lambda thread: None if _full_disk(thread.exc_value) else usual(thread)
+    # TensorStore's threads report further writes that fail to an event loop that Orbax closed at the first.
+    usual_unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda late: None if "Event loop is closed" in str(late.exc_value) else usual_unraisable(late)
 
 
 def _tell(line: str) -> None:
