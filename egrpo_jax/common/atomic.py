@@ -53,6 +53,8 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(target.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+    except UserError as error:  # it names a place where nobody will look
+        raise UserError(str(error).replace(str(unfinished), str(target))) from error
     except OSError as error:
         raise UserError(
             f"cannot write {target}: {error.strerror}; choose a folder that can be written, with room"
@@ -61,8 +63,10 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 def check_new_folder(target: str | os.PathLike[str]) -> None:
     """Finds out before hours of work, not after them, whether `new_folder(target)` can succeed. Raises UserError."""
-    with new_folder(target):
-        pass
+    with new_folder(target) as folder:
+        probe = folder / "probe"
+        probe.write_bytes(bytes(4096))  # a full disk has room for a folder still
+        probe.unlink()
     Path(target).rmdir()
 
 
