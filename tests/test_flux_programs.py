@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -118,3 +119,13 @@ def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, base_ima
     run("convert", lora, stored, f"--workdir={workdir}", "--to=diffusers", f"--out={merged}", "--dtype=float32")
     again = sampled(base, tmp_path / "merged_images", None, f"--config.model.flux.transformer={merged}")
     assert apart(again, expected) <= 1
+
+
+def test_an_orbax_checkpoint_that_cannot_be_written_is_one_line(base, tmp_path, monkeypatch):
+    def save(*_):
+        raise ValueError("Error writing \"kernel/0.0\" in OCDBT database: File too large [os_error_code='27']")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", save)
+    done = programs.call("convert", f"--config=tests/tiny_flux.py:{base}", "--to=orbax", f"--out={tmp_path}/new")
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write {tmp_path}/new: File too large\n")
+    assert list(tmp_path.iterdir()) == []

@@ -36,3 +36,8 @@ def under(section: str) -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """The first 100 characters of what a library says went wrong, as far as its first line goes."""
     return str(error).strip().split("\n")[0][:100]
+
+
+def last_cause(error: Exception) -> str:
+    """The last of the causes that TensorStore strings together, without the numbers it adds in brackets."""
+    return str(error).rsplit(": ", 1)[-1].split(" [")[0]

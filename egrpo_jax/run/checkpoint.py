@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from egrpo_jax.common.errors import UserError, first_line
+from egrpo_jax.common.errors import UserError, first_line, last_cause
 
 PyTree = Any
 
@@ -90,9 +90,8 @@ class Checkpoints:
         """Returns once everything saved is on disk; raises UserError if it could not be written."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors, with the reason at the end
-            reason = str(error).rsplit(": ", 1)[-1]
-            raise UserError(f"cannot write a checkpoint in {self.directory}: {reason}") from error
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            raise UserError(f"cannot write a checkpoint in {self.directory}: {last_cause(error)}") from error
 
     def close(self) -> None:
         """Waits, and releases the threads. Raises UserError if the last save could not be written."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from egrpo_jax.common.atomic import check_new_folder, new_folder
-from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.common.errors import ConfigError, UserError, last_cause
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import COLLECTION, merge_lora
 from egrpo_jax.pipelines.base import Export, Writer
@@ -74,8 +74,11 @@ def to_orbax(path: str, options: FluxOptions, export: Export) -> Writer:
         weights = jax.tree.map(lambda leaf: leaf.astype(export.dtype), _merged(options, params))
         with new_folder(export.out) as folder:
             (folder / "config.json").write_text(json.dumps(config_to_diffusers(sizes), indent=2) + "\n")
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(folder.absolute() / ORBAX, weights)
+            try:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(folder.absolute() / ORBAX, weights)
+            except ValueError as error:  # TensorStore's
+                raise UserError(f"cannot write {export.out}: {last_cause(error)}") from error
 
     return write
 
