@@ -6,9 +6,12 @@ import dataclasses
 import gc
 import io
 import json
+import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -22,6 +25,7 @@ from PIL import Image
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.rewards import RewardError
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training import job
@@ -146,6 +150,105 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(finished, tmp_path):
     done = programs.run("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path, finished)
+
+
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated\n")])
+def test_a_signal_before_the_first_iteration_ends_the_run_at_once(tmp_path, number, line):
+    command = programs.command("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
+    quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=programs.ROOT, stdout=quiet, stderr=pipe, text=True)
+    assert wait_for(lambda: (tmp_path / "config.json").exists(), process)
+    process.send_signal(number)
+    assert process.communicate()[1] == line
+    assert process.returncode == 128 + number
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"config.json"}
+
+
+class Signals:
+    """`brightness`, and Ctrl-C so many times in the fifth iteration, after two tries and an evaluation."""
+
+    def __init__(self, times):
+        self.calls, self.times = 0, times
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if self.calls == 8:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60 if self.times > 1 else 0.2)
+        return toy.brightness(images, prompts)
+
+
+def test_ctrl_c_saves_at_the_end_of_the_iteration_and_says_so_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "slow_brightness", Signals(1))
+    assert program.train(config("slow", **ONE_CALL), tmp_path) == signal.SIGINT
+    assert "saving after this iteration; once more to stop at once\n" in capsys.readouterr().err
+    assert saved(tmp_path) == ["3", "5"]
+    assert program.train(config("slow", **ONE_CALL), tmp_path) is None
+    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(ITERATIONS + 1))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "slow_brightness", Signals(2))
+    with pytest.raises(KeyboardInterrupt):
+        program.train(config("slow", **ONE_CALL), tmp_path)
+    assert saved(tmp_path) == ["3"]
+    assert lines_written(tmp_path) == 5
+    assert program.train(config("slow", **ONE_CALL), tmp_path) is None
+
+
+def saved(workdir):
+    """Names of all that lies in the checkpoints' folder."""
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+class Raises:
+    """`brightness`, but for one call."""
+
+    def __init__(self, at):
+        self.calls, self.at = 0, at
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("out of memory")
+        return toy.brightness(images, prompts)
+
+
+def test_a_reward_that_raises_ends_the_run_with_a_line_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "slow_brightness", Raises(at=8))  # two tries, an evaluation, iteration 5
+    arguments = ["--config", "tests/toy.py:slow", "--workdir", tmp_path, "--config.evaluation.every=100"]
+    done = programs.call("train", *arguments, "--config.evaluation.batch=200")
+    assert done.returncode == 2
+    expected = r"error: the reward 'tests\.toy:slow_brightness' raised RuntimeError: out of memory( \(.*\))?"
+    assert re.fullmatch(expected, done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert saved(tmp_path) == ["3", "4"]
+    assert lines_written(tmp_path) == 5
+
+
+def test_a_reward_that_raises_in_an_evaluation_loses_no_iteration(tmp_path, monkeypatch):
+    changed = config("slow", **ONE_CALL | {"evaluation.every": 4})
+    monkeypatch.setattr(toy, "slow_brightness", Raises(at=8))  # two tries, an evaluation, iterations 1 to 4
+    with pytest.raises(RewardError, match="out of memory"):
+        program.train(changed, tmp_path)
+    assert saved(tmp_path) == ["3", "4"]
+    assert program.train(changed, tmp_path) is None
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 4, *range(5, ITERATIONS + 1)]
+    evaluated = [line["iteration"] for line in lines if "eval/tests.toy:brightness/mean" in line]
+    assert evaluated == [0, 4, 8, 12]
+
+
+def test_a_save_that_fails_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(toy, "slow_brightness", Raises(at=5))
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(RewardError, match="out of memory"):
+        program.train(config("slow", **ONE_CALL), tmp_path)
 
 
 @pytest.mark.slow

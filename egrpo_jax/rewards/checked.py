@@ -21,7 +21,7 @@ from egrpo_jax.rewards.base import Pending, Reward, Scores, start
 
 
 class RewardError(UserError):
-    """A reward raised an exception, or gave what are no scores."""
+    """A reward raised an exception, gave what are no scores, or says that it cannot score what it was given."""
 
 
 class CheckedReward:
@@ -68,8 +68,8 @@ class CheckedReward:
 
         Raises:
           ValueError: images and prompts are not as many.
-          UserError: the reward cannot score such images or prompts.
-          RewardError: it gives anything but a number for each, or it is the user's own and raises; also when waiting.
+          RewardError: the reward cannot score such images or prompts, it gives anything but a number for each, or it
+            is the user's own and raises; also when waiting.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, H, W, 3], found {images.shape}")
@@ -111,7 +111,7 @@ def blamed(name: str, reward: Any, own: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"the reward {name!r}: {error}") from error
+        raise RewardError(f"the reward {name!r}: {error}") from error
     except Exception as error:
         if not own:
             raise

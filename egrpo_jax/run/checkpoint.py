@@ -8,11 +8,12 @@ file format notices. A checksum of `meta` itself is in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from egrpo_jax.common.errors import UserError, first_line, last_cause
+from egrpo_jax.run.finishing import finishing
 
 PyTree = Any
 
@@ -84,21 +86,26 @@ class Checkpoints:
         record = json.loads(json.dumps({"fingerprint": _fingerprint(state), "meta": dict(meta)}))
         record["crc32"] = _crc32(record)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items, force=True)
+        with self._written():
+            self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Returns once everything saved is on disk; raises UserError if it could not be written."""
-        try:
+        with self._written():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-            raise UserError(f"cannot write a checkpoint in {self.directory}: {last_cause(error)}") from error
 
     def close(self) -> None:
         """Waits, and releases the threads. Raises UserError if the last save could not be written."""
-        try:
+        with finishing(self._manager.close):
             self.wait()
-        finally:
-            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            cause = getattr(error, "strerror", None) or last_cause(error)
+            raise UserError(f"cannot write a checkpoint in {self.directory}: {cause}") from error
 
     def restore_latest(self, template: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.

@@ -18,7 +18,7 @@ from egrpo_jax.rl.advantage import complete_groups, credit
 from egrpo_jax.rl.rollout import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import RewardsConfig
-from egrpo_jax.training.job import Job, Steps
+from egrpo_jax.training.job import Job, Phases
 from egrpo_jax.training.numbers import reward_numbers, update_numbers
 from egrpo_jax.training.state import Progress
 
@@ -49,7 +49,7 @@ class Samples(NamedTuple):
 
 
 def run_iteration(
-    job: Job, steps: Steps, frozen: Any, progress: Progress, timer: PhaseTimer
+    job: Job, phases: Phases, frozen: Any, progress: Progress, timer: PhaseTimer
 ) -> tuple[Progress, dict[str, float]]:
     """One iteration of E-GRPO; `frozen` are the parameters that are not trained.
 
@@ -63,12 +63,12 @@ def run_iteration(
     conditioning = job.pipeline.encode(prompts)
     keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
 
-    samples = sample_and_score(job, steps, combine(progress.state.params, frozen), prompts, conditioning, keys, timer)
+    samples = sample_and_score(job, phases, combine(progress.state.params, frozen), prompts, conditioning, keys, timer)
     check_samples(samples, iteration + 1, config.rewards)
     advantage, left_out = assign_credit(config.rewards, samples.scores)
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
-            steps.update(progress.state, frozen, samples.transitions, advantage, conditioning)
+            phases.update(progress.state, frozen, samples.transitions, advantage, conditioning)
         )
 
     numbers = reward_numbers(job.plan, samples.scores, samples.heldout, samples.finite)
@@ -81,7 +81,13 @@ def _groups(advantage: chex.Array, left_out: int) -> dict[str, float]:
 
 
 def sample_and_score(
-    job: Job, steps: Steps, params: Any, prompts: Sequence[str], conditioning: Any, keys: chex.Array, timer: PhaseTimer
+    job: Job,
+    phases: Phases,
+    params: Any,
+    prompts: Sequence[str],
+    conditioning: Any,
+    keys: chex.Array,
+    timer: PhaseTimer,
 ) -> Samples:
     """Rolls out `prompts_per_rollout` prompts after another; scoring in the background goes on meanwhile."""
     at_once = job.config.prompts_per_rollout or len(prompts)
@@ -90,10 +96,10 @@ def sample_and_score(
         rows = slice(first, first + at_once)
         with timer.phase("rollout"):
             inputs = jax.tree.map(lambda x: x[rows], (conditioning, keys))  # noqa: B023  # used at once
-            rollout = jax.block_until_ready(steps.rollout(params, *inputs))
+            rollout = jax.block_until_ready(phases.rollout(params, *inputs))
         with timer.phase("decode"):
             latents = rollout.latents.reshape(-1, *rollout.latents.shape[-2:])
-            images = jax.block_until_ready(steps.decode(params, latents))
+            images = jax.block_until_ready(phases.decode(params, latents))
         with timer.phase("reward"):
             pending.append(_hand_in(job, images, prompts[rows]))
         transitions.append(rollout.transitions)

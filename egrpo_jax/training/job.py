@@ -37,7 +37,7 @@ class Job:
     optimizer: optax.GradientTransformation
 
 
-class Steps(NamedTuple):
+class Phases(NamedTuple):
     """The phases of an iteration, compiled at their first call."""
 
     rollout: Callable[[Any, Any, chex.Array], Rollout]
@@ -80,7 +80,7 @@ def image_size(pipeline: Pipeline) -> tuple[int, int]:
     return height, width
 
 
-def make_steps(job: Job) -> Steps:
+def make_phases(job: Job) -> Phases:
     """The phases for the mesh that is set: prompts spread over `data`, parameters as they are."""
     pipeline, prompts = job.pipeline, over_data()
     rollout = spread(
@@ -101,4 +101,4 @@ def make_steps(job: Job) -> Steps:
         )
 
     in_specs = (REPLICATED, REPLICATED, prompts, prompts, prompts)
-    return Steps(rollout, decode, spread(step, in_specs, (REPLICATED, REPLICATED), donate=(0,)))
+    return Phases(rollout, decode, spread(step, in_specs, (REPLICATED, REPLICATED), donate=(0,)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,17 @@ from jax.sharding import Mesh
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.lock import owned
 from egrpo_jax.parallel.mesh import make_mesh
+from egrpo_jax.rewards import RewardError
 from egrpo_jax.rl.plan import describe
 from egrpo_jax.run.checkpoint import Checkpoints
+from egrpo_jax.run.finishing import finishing
 from egrpo_jax.run.metrics import MetricsWriter
 from egrpo_jax.run.preemption import PreemptionGuard
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.run.workdir import claim_workdir
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError, run_iteration
-from egrpo_jax.training.job import Job, make_job, make_steps
+from egrpo_jax.training.job import Job, Phases, make_job, make_phases
 from egrpo_jax.training.numbers import speed_numbers
 from egrpo_jax.training.report import Evaluator, report, show, warn_of_rounding
 from egrpo_jax.training.state import Progress, save, start_or_resume
@@ -32,78 +36,125 @@ from egrpo_jax.training.state import Progress, save, start_or_resume
 def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False) -> int | None:
     """Runs or resumes training in `workdir`; returns the signal that ended it early, or None at its end.
 
+    A signal that comes before the first iteration, and a second Ctrl-C, end it at once (`PreemptionGuard`).
+
     Raises:
       UserError: something is wrong with the config, a file or the workdir, which another process may own.
+      RewardError: a reward has failed.
       NotFiniteError: the policy has diverged.
       MissingScoreError: a score never came, and `rewards.on_missing` is "fail".
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), PreemptionGuard() as guard:
         job = make_job(config, mesh)
-        with owned(workdir, "the workdir"):
-            claim_workdir(workdir, to_config_dict(config).to_dict(), allow_config_change)
-            if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
-                jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        with _claimed(workdir, config, allow_config_change):
             print(describe(job.plan), flush=True)
-            with contextlib.closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints:
-                _run(job, mesh, checkpoints, workdir, guard, allow_config_change)
+            with _opened(job, mesh, workdir, allow_config_change) as run:
+                run.evaluate_if_due()
+                with guard.iterating():
+                    run.iterate(guard)
+            if guard.requested is None:
+                report(job, run.evaluate.history, workdir)
         return guard.requested
 
 
-def _run(
-    job: Job, mesh: Mesh, checkpoints: Checkpoints, workdir: Path, guard: PreemptionGuard, allow_change: bool
-) -> None:
-    """Goes on from the newest checkpoint, and at the end reports."""
-    progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
-    for damaged in checkpoints.damaged:
-        print(f"warning: a damaged checkpoint was moved to {damaged}", file=sys.stderr)
-    if progress.iteration:
-        print(f"resuming from iteration {progress.iteration}", flush=True)
-    evaluate = Evaluator(job, frozen, workdir, progress.iteration)
-    with contextlib.closing(MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)) as writer:
-        if not evaluate.history:
-            writer.write(0, evaluate(progress))
-        _iterate(job, frozen, progress, checkpoints, evaluate, writer, guard)
-    if guard.requested is None:
-        report(job, evaluate.history, workdir)
+@contextlib.contextmanager
+def _claimed(workdir: Path, config: TrainConfig, allow_change: bool) -> Iterator[None]:
+    """Ownership of `workdir`, with a record of `config`."""
+    with owned(workdir, "the workdir"):
+        claim_workdir(workdir, to_config_dict(config).to_dict(), allow_change)
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
+            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        yield
 
 
-def _iterate(
-    job: Job,
-    frozen: Any,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    evaluate: Evaluator,
-    writer: MetricsWriter,
-    guard: PreemptionGuard,
-) -> None:
-    """Iterates until the end or a signal, and saves."""
-    config, steps, first, sound = job.config, make_steps(job), progress.iteration, True
-    with tqdm.tqdm(total=config.num_iterations, initial=first, desc=config.name, unit="it") as bar:
-        while progress.iteration < config.num_iterations and guard.requested is None:
-            timer = PhaseTimer()
-            try:
-                with timer.phase("iteration"):
-                    progress, numbers = run_iteration(job, steps, frozen, progress, timer)
-            except MissingScoreError:
-                save(checkpoints, progress, job)
+@contextlib.contextmanager
+def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator[Run]:
+    """The run of the newest checkpoint, or a new one, with its files open."""
+    checkpoints = Checkpoints(workdir / "checkpoints", job.config.checkpoint.keep)
+    with finishing(checkpoints.close):
+        progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
+        for damaged in checkpoints.damaged:
+            print(f"warning: a damaged checkpoint was moved to {damaged}", file=sys.stderr)
+        if progress.iteration:
+            print(f"resuming from iteration {progress.iteration}", flush=True)
+        evaluate = Evaluator(job, frozen, workdir, progress.iteration)
+        writer = MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)
+        with finishing(writer.close):
+            yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: where it is, and what keeps and writes that.
+
+    Attributes:
+      frozen: the parameters that are not trained.
+      sound: if `progress` is worth keeping. Parameters at which the loss is not finite are not: those before are.
+    """
+
+    job: Job
+    phases: Phases
+    frozen: Any
+    progress: Progress
+    checkpoints: Checkpoints
+    evaluate: Evaluator
+    writer: MetricsWriter
+    sound: bool = True
+
+    @property
+    def ended(self) -> bool:
+        """True once all iterations are done."""
+        return self.progress.iteration >= self.job.config.num_iterations
+
+    @property
+    def due(self) -> bool:
+        """True if the parameters are to be evaluated now, and have not been."""
+        evaluated = self.evaluate.history and self.evaluate.history[-1].iteration == self.progress.iteration
+        return not evaluated and (self.ended or self.progress.iteration % self.job.config.evaluation.every == 0)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluates a new run's first parameters, or those at which a reward failed when it should have judged them."""
+        if self.due:
+            self.writer.write(self.progress.iteration, self.evaluate(self.progress))
+
+    def iterate(self, guard: PreemptionGuard) -> None:
+        """Iterates until the end or a signal, and saves; raises as `train`."""
+        config, first = self.job.config, self.progress.iteration
+        with tqdm.tqdm(total=config.num_iterations, initial=first, desc=config.name, unit="it") as bar:
+            while not self.ended and guard.requested is None:
+                numbers = self.do_iteration()
+                show(bar, config, numbers)
+                if self.progress.iteration == first + 1:
+                    warn_of_rounding(config, numbers)
+                if numbers["skipped_in_a_row"] >= config.optim.max_skipped:
+                    raise NotFiniteError(_skipped_line(self.progress.iteration, numbers, self.checkpoints))
+                if self.progress.iteration % config.checkpoint.every == 0:
+                    self.save()
+        self.save()
+        self.checkpoints.wait()
+
+    def do_iteration(self) -> dict[str, float]:
+        """One iteration, and an evaluation where it is due; saves what is there if a reward fails."""
+        timer = PhaseTimer()
+        try:
+            with timer.phase("iteration"):
+                self.progress, numbers = run_iteration(self.job, self.phases, self.frozen, self.progress, timer)
+            self.sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
+            write = lambda: self.writer.write(self.progress.iteration, numbers | speed_numbers(self.job, timer))
+            with finishing(write):
+                if self.due:
+                    with timer.phase("evaluation"):
+                        numbers |= self.evaluate(self.progress)
+        except (MissingScoreError, RewardError):
+            with finishing(self.save):
                 raise
-            last = progress.iteration == config.num_iterations
-            if last or progress.iteration % config.evaluation.every == 0:
-                with timer.phase("evaluation"):
-                    numbers |= evaluate(progress)
-            writer.write(progress.iteration, numbers | speed_numbers(job, timer))
-            show(bar, config, numbers)
-            if progress.iteration == first + 1:
-                warn_of_rounding(config, numbers)
-            if numbers["skipped_in_a_row"] >= config.optim.max_skipped:
-                raise NotFiniteError(_skipped_line(progress.iteration, numbers, checkpoints))
-            # Parameters at which the loss is not finite are not worth keeping: those before them are.
-            sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
-            if sound and progress.iteration % config.checkpoint.every == 0:
-                save(checkpoints, progress, job)
-    if sound:
-        save(checkpoints, progress, job)
+        return numbers
+
+    def save(self) -> None:
+        """Starts writing a checkpoint, unless it is not worth it."""
+        if self.sound:
+            save(self.checkpoints, self.progress, self.job)
 
 
 def _no_scores(numbers: dict[str, float]) -> bool:

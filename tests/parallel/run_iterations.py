@@ -16,7 +16,7 @@ from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import run_iteration
-from egrpo_jax.training.job import make_job, make_steps
+from egrpo_jax.training.job import make_job, make_phases
 from egrpo_jax.training.state import start_or_resume
 
 
@@ -34,9 +34,9 @@ def main(config_file, out, *axes):
         job = make_job(config, mesh)
         with contextlib.closing(Checkpoints(tempfile.mkdtemp())) as empty:
             progress, frozen = start_or_resume(job, empty, mesh)
-        steps = make_steps(job)
+        phases = make_phases(job)
         for _ in range(3):
-            progress, metrics = run_iteration(job, steps, frozen, progress, PhaseTimer())
+            progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
     leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
     numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
     np.savez(Path(out), **numbers, **leaves)

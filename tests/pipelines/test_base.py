@@ -15,7 +15,7 @@ from egrpo_jax.pipelines import ModelConfig, Pipeline, load_pipeline
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.job import Job, make_steps
+from egrpo_jax.training.job import Job, make_phases
 from egrpo_jax.training.state import abstract_state
 
 MESH = make_mesh(MeshConfig())
@@ -118,14 +118,14 @@ def test_an_iteration_of_the_embedded_model_compiles_without_an_array():
         params = pipeline.abstract(MESH)
         _, frozen = partition(params, pipeline.trainable)
         job = Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim))
-        steps = make_steps(job)
+        phases = make_phases(job)
         text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pipeline.encode(["owl", "key"]))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-        rollout = steps.rollout.lower(params, text, keys)
+        rollout = phases.rollout.lower(params, text, keys)
         transitions, latents = rollout.out_info
-        decode = steps.decode.lower(params, jax.ShapeDtypeStruct((4, *pipeline.latents_shape), jnp.float32))
+        decode = phases.decode.lower(params, jax.ShapeDtypeStruct((4, *pipeline.latents_shape), jnp.float32))
         advantage = jax.ShapeDtypeStruct(transitions.log_prob.shape, jnp.float32)
-        update = steps.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, text)
+        update = phases.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, text)
         assert latents.shape[-2:] == pipeline.latents_shape
         for lowered in (rollout, decode, update):
             assert lowered.compile().cost_analysis()

@@ -275,25 +275,40 @@ def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_full_disk(tmp_path, capfd):
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file may grow beyond `size` bytes, as on a disk that is full then."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [100, 1000, 50_000])  # of meta, of what tells of the arrays, of the arrays
+def test_a_full_disk(tmp_path, capfd, size):
     checkpoints = Checkpoints(tmp_path)
     state = {"x": jax.random.normal(jax.random.key(0), (1 << 16,))}
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
+
+    def save_and_wait():
         checkpoints.save(2, state, {})
-        with pytest.raises(UserError, match=f"cannot write a checkpoint in {tmp_path}: File too large"):
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+        checkpoints.wait()
+
+    with (
+        files_up_to(size),
+        pytest.raises(UserError, match=f"^cannot write a checkpoint in {tmp_path}: File too large$"),
+    ):
+        save_and_wait()
     assert "Traceback" not in capfd.readouterr().err
-    assert checkpoints.restore_latest(state)[0] == 1
-    checkpoints.save(3, state, {})
-    checkpoints.close()
+    later = Checkpoints(tmp_path)
+    assert later.restore_latest(state)[0] == 1
+    later.save(3, state, {})
+    later.close()
     assert Checkpoints(tmp_path).restore_latest(state)[0] == 3
 
 
