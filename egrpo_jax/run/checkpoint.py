@@ -1,4 +1,4 @@
-"""What survives a kill: checkpoints, the workdir's record of its config, and signals.
+"""Checkpoints of a run, which survive a kill at any moment.
 
 A checkpoint is an Orbax directory `<step>/` with the items `state` (the arrays) and `meta` (JSON). `meta` also keeps a
 fingerprint of the state: the path, dtype, shape and checksum of every array. It tells the two ways in which a restore
