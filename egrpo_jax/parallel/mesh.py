@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, UserError, first_line
 from egrpo_jax.common.ranges import Range, check
 
 DATA = "data"
@@ -44,8 +45,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
     Raises:
       ConfigError: if the axes do not multiply to the number of devices.
+      UserError: JAX finds no devices, or is told to compute in float64.
     """
-    devices = jax.device_count()
+    devices = _count_devices()
     sizes = list(dataclasses.astuple(config))
     if -1 in sizes:
         fill = sizes.index(-1)
@@ -55,6 +57,20 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if sizes[0] * sizes[1] * sizes[2] != devices:
         raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {devices} devices here")
     return jax.make_mesh(sizes, (DATA, "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _count_devices() -> int:
+    """The number of devices, where the environment lets JAX have any. Raises UserError."""
+    if jax.dtypes.canonicalize_dtype("float64") == "float64":
+        raise UserError("JAX_ENABLE_X64: found it set, expected it unset: all is computed in float32 or bfloat16")
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError, without a word, where a plugin is missing
+        chosen = {name: os.environ[name] for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES") if name in os.environ}
+        raise UserError(
+            f"JAX finds no devices with {chosen or 'its defaults'} ({first_line(error) or 'no such platform here'}); "
+            "expected JAX_PLATFORMS=cpu, a platform whose plugin is installed, or neither set"
+        ) from error
 
 
 def over_data(axis: int = 0) -> PartitionSpec:

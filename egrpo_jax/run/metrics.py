@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import time
 import uuid
@@ -23,7 +24,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from egrpo_jax.common.atomic import atomic_write
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.errors import UserError, first_line
 
 
 class MetricsWriter:
@@ -136,10 +137,24 @@ def _start_wandb(workdir: Path) -> Any:
         import wandb
     except ImportError:
         raise UserError("W&B was asked for but is not installed: pip install 'egrpo_jax[wandb]'") from None
-    identity = workdir / "wandb_id"
-    if not identity.exists():
-        atomic_write(identity, uuid.uuid4().hex)
-    return wandb.init(project="egrpo_jax", name=workdir.name, dir=str(workdir), id=identity.read_text(), resume="allow")
+    identity = _wandb_identity(workdir / "wandb_id")
+    try:
+        return wandb.init(project="egrpo_jax", name=workdir.name, dir=str(workdir), id=identity, resume="allow")
+    except wandb.Error as error:  # nobody is logged in, say
+        raise UserError(f"W&B: {first_line(error)}; mend that, or set config.wandb to False") from error
+
+
+def _wandb_identity(path: Path) -> str:
+    """What W&B knows the run by: of the file `path`, which is made if it does not exist."""
+    try:
+        if not path.exists():
+            atomic_write(path, uuid.uuid4().hex)
+        found = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not re.fullmatch(rb"[0-9a-f]{32}\s*", found):
+        raise UserError(f"{path}: found {found[:40]!r}, expected 32 hexadecimal digits; delete it for a new W&B run")
+    return found.decode().strip()
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import pytest
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from tests import tiny_flux
+from tests import programs, tiny_flux
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,3 +70,21 @@ def test_meshes_that_do_not_fit_the_devices():
 def test_wrong_configs_name_the_key(changes, key):
     with pytest.raises(ConfigError, match=rf"^config\.{key}: found "):
         MeshConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("JAX_PLATFORMS", "nosuch", "JAX finds no devices with {'JAX_PLATFORMS': 'nosuch'} (Unable to initialize"),
+        ("JAX_NUM_CPU_DEVICES", "0", "JAX finds no devices with {'JAX_NUM_CPU_DEVICES': '0'} ("),
+        ("JAX_ENABLE_X64", "1", "JAX_ENABLE_X64: found it set, expected it unset"),
+    ],
+)
+def test_an_environment_without_devices_is_one_line(tmp_path, variable, value, line):
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")} | {variable: value}
+    command = programs.command("train", "--config=tests/toy.py", f"--workdir={tmp_path / 'run'}")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

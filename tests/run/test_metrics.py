@@ -150,3 +150,20 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     run = wandb.init.return_value
     assert run.log.call_args_list == 2 * [mock.call({"loss": 2.0}, step=1)]
     assert run.finish.call_count == 2
+
+
+@pytest.mark.parametrize("found", [b"\xff\xfe", b"", b"not/an/id", None])
+def test_a_damaged_identity_of_wandb_is_named(tmp_path, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "wandb", mock.MagicMock())
+    path = tmp_path / "wandb_id"
+    path.mkdir() if found is None else path.write_bytes(found)
+    with pytest.raises(UserError, match=f"{path}: (found .*, expected 32 hexadecimal digits|Is a directory)"):
+        MetricsWriter(tmp_path, None, wandb=True)
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    wandb = mock.MagicMock(Error=ZeroDivisionError)  # any class of its own
+    wandb.init.side_effect = ZeroDivisionError("api_key not configured\nmore")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match=r"^W&B: api_key not configured; mend that, or set config\.wandb to False$"):
+        MetricsWriter(tmp_path, None, wandb=True)
