@@ -15,6 +15,7 @@ import tqdm
 
 GRACE = 2.0
 """Seconds in which a process that is to end at once may leave its blocks: a compilation would hold it for minutes."""
+_TIMES = 20
 _LAST_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -81,10 +82,13 @@ class PreemptionGuard:
     def _end(self, number: int) -> None:
         """Lets the main thread leave, and ends the process if it does not."""
         self._ending = number
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
-        if not self._left.wait(GRACE):
-            _tell(number)
-            os._exit(128 + number)
+        for _ in range(_TIMES):  # one signal may come just before the call of the system that it should break off
+            if self._ending:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            if self._left.wait(GRACE / _TIMES):
+                return
+        _tell(number)
+        os._exit(128 + number)
 
     def _leave(self, number: int, frame: types.FrameType | None) -> None:
         """Runs in the main thread, after every signal; `_listen` has decided, or will, and then sends it once more."""
