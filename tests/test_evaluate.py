@@ -15,7 +15,7 @@ from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.rl.update import LearnerConfig, init_state
 from egrpo_jax.run.checkpoint import Checkpoints
-from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import make_job
 from egrpo_jax.training.state import Progress, save
@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
     state = init_state(grown, job.optimizer, config.learner)
     with contextlib.closing(Checkpoints(path / "checkpoints")) as checkpoints:
         save(checkpoints, Progress(state, jax.random.key(0), iteration=3, position=0), job)
-    claim_workdir(path, to_config_dict(config).to_dict(), False)
+    record_config(path, to_config_dict(config).to_dict())
     return path
 
 

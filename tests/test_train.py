@@ -499,6 +499,15 @@ def test_another_config_is_refused_unless_told(finished, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["optim"]["learning_rate"] == 1e-5
 
 
+def test_a_change_that_is_refused_in_the_end_leaves_the_record(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match="is a checkpoint of another model"):
+        program.train(config("slow", **{"learner.ema_decay": None}), workdir, allow_config_change=True)
+    assert (workdir / "config.json").read_text() == before
+
+
 def test_prompts_must_divide_over_the_devices_and_rewards_must_return_one_score_each(tmp_path):
     with pytest.raises(UserError, match=r"config\.rewards\.train"):
         config(**{"rewards.train": (), "rewards.weights": ()})

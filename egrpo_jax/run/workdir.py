@@ -12,34 +12,36 @@ from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError, first_line
 
 
-def claim_workdir(workdir: str | os.PathLike[str], config: Mapping[str, Any], allow_change: bool) -> None:
-    """Makes `workdir` and keeps `config` in its `config.json`, so that a run only goes on with the config it had.
+def check_record(workdir: str | os.PathLike[str], config: Mapping[str, Any], allow_change: bool) -> None:
+    """Holds `config` against the record in `workdir`, so that a run only goes on with the config it had.
 
     A run that has saved nothing yet may start anew with a mended config.
 
     Args:
       config: nested mappings of JSON values, e.g. `ConfigDict.to_dict()`; tuples count as lists.
-      allow_change: replace a record that differs.
+      allow_change: the record may differ.
 
     Raises:
-      UserError: if the directory cannot be written, its record cannot be read, or differs from `config`.
+      UserError: the record cannot be read, or differs from `config`.
     """
-    workdir, text = Path(workdir), json.dumps(config, indent=2, sort_keys=True) + "\n"
+    workdir = Path(workdir)
     recorded = _read_record(workdir)
-    if recorded is not None:
-        changes = differences(recorded, json.loads(text))
-        if not changes:
-            return
-        if not allow_change and any((workdir / "checkpoints").glob("[0-9]*")):
-            raise UserError(
-                f"{workdir} was made with another config: {describe(changes)}; "
-                "pass --allow_config_change to go on with the new values, or choose another workdir"
-            )
-    atomic_write(workdir / "config.json", text)
+    if recorded is None or allow_change or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    if changes := differences(recorded, json.loads(json.dumps(config))):
+        raise UserError(
+            f"{workdir} was made with another config: {describe(changes)}; "
+            "pass --allow_config_change to go on with the new values, or choose another workdir"
+        )
+
+
+def record_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Keeps `config` in `config.json`: what the run in `workdir` is made with. Raises UserError if it cannot."""
+    atomic_write(Path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def recorded_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config that the run in `workdir` was made with, as `claim_workdir` recorded it: nested mappings, lists.
+    """The config that the run in `workdir` was made with, as `record_config` kept it: nested mappings, lists.
 
     Raises:
       UserError: there is no record, or it is damaged.

@@ -24,7 +24,7 @@ from egrpo_jax.run.finishing import finishing
 from egrpo_jax.run.metrics import MetricsWriter
 from egrpo_jax.run.preemption import PreemptionGuard
 from egrpo_jax.run.timing import PhaseTimer
-from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.run.workdir import check_record, record_config
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError, run_iteration
 from egrpo_jax.training.job import Job, Phases, make_job, make_phases
@@ -60,9 +60,9 @@ def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False)
 
 @contextlib.contextmanager
 def _claimed(workdir: Path, config: TrainConfig, allow_change: bool) -> Iterator[None]:
-    """Ownership of `workdir`, with a record of `config`."""
+    """Ownership of `workdir`, whose record `config` does not contradict."""
     with owned(workdir, "the workdir"):
-        claim_workdir(workdir, to_config_dict(config).to_dict(), allow_change)
+        check_record(workdir, to_config_dict(config).to_dict(), allow_change)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
             jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
         yield
@@ -81,6 +81,7 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator
         evaluate = Evaluator(job, frozen, workdir, progress.iteration)
         writer = MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)
         with finishing(writer.close):
+            record_config(workdir, to_config_dict(job.config).to_dict())  # now that nothing refuses it any more
             yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer)
 
 

@@ -13,7 +13,7 @@ from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxLora
 from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.rl.update import LearnerConfig
-from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import TrainConfig
 
 FLUX = FluxOptions(lora=FluxLora(rank=4, alpha=8.0), embeddings="embeddings", decode_batch=2)
@@ -28,7 +28,7 @@ def with_flux(**changes):
 
 @pytest.fixture
 def workdir(tmp_path):
-    claim_workdir(tmp_path, to_config_dict(RECORDED).to_dict(), False)
+    record_config(tmp_path, to_config_dict(RECORDED).to_dict())
     return tmp_path
 
 

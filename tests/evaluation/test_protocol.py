@@ -11,7 +11,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.evaluation import protocol
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards.config import HpsConfig, RemoteConfig, ScorersConfig
-from egrpo_jax.run.workdir import claim_workdir
+from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
 
@@ -24,7 +24,7 @@ def test_hash_is_that_of_a_text_file():
 def test_what_was_trained_on_is_what_the_run_says(tmp_path):
     config = TrainConfig(rewards=RewardsConfig(train=("emoji",)))
     assert protocol.trained_rewards(config.rewards.train, None) == ("emoji",)
-    claim_workdir(tmp_path, {"rewards": {"train": ["emoji_weak"]}}, False)
+    record_config(tmp_path, {"rewards": {"train": ["emoji_weak"]}})
     assert protocol.trained_rewards(config.rewards.train, tmp_path) == ("emoji_weak",)
     with pytest.raises(UserError, match=r"found no config\.json"):
         protocol.trained_rewards(config.rewards.train, tmp_path / "nothing")

@@ -329,6 +329,13 @@ def test_peft_needs_adapters_of_a_run(base, tmp_path):
         load_writer(adapters, "peft", export(tmp_path, of_run=False))
 
 
+def test_adapters_that_are_there_already_are_not_replaced(base, tmp_path):
+    (tmp_path / "mine.safetensors").write_bytes(b"hours of training")
+    adapters = ModelConfig("flux", str(base), dataclasses.replace(OPTIONS, lora=FluxLora(rank=2)))
+    with pytest.raises(UserError, match=r"mine\.safetensors exists; name a new one"):
+        load_writer(adapters, "peft", export(tmp_path / "mine.safetensors", of_run=True))
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_a_whole_pipeline_is_given_back(base, tmp_path, copy):
     config = ModelConfig("flux", str(base), OPTIONS)

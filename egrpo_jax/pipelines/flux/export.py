@@ -53,7 +53,7 @@ def to_peft(path: str, options: FluxOptions, export: Export) -> Writer:
     """Writes the adapters that a run has trained, as `FluxPipeline.load_lora_weights` takes them.
 
     Raises:
-      UserError: the model has none, or they are not a run's.
+      UserError: the model has none, they are not a run's, or the file is there already.
     """
     if options.lora is None:
         raise ConfigError("lora", None, "adapters, to be written as peft")
@@ -62,6 +62,8 @@ def to_peft(path: str, options: FluxOptions, export: Export) -> Writer:
     scale = options.lora.scale
     layout = flux_layout(_sizes(pipeline_folder(path, text=False), options), "diffusers")
     file = export.out if export.out.suffix == ".safetensors" else export.out / FILE_NAME
+    if file.exists():
+        raise UserError(f"{file} exists; name a new one, or remove it")
     return lambda params: save_lora(file, params[COLLECTION], scale, layout)
 
 
