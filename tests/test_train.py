@@ -157,12 +157,12 @@ def test_a_signal_before_the_first_iteration_ends_the_run_at_once(tmp_path, numb
     command = programs.command("train", "--config", "tests/toy.py:slow", "--workdir", tmp_path)
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(command, cwd=programs.ROOT, stdout=quiet, stderr=pipe, text=True)
-    assert wait_for(lambda: (tmp_path / "config.json").exists(), process)
+    assert wait_for(lambda: (tmp_path / ".lock").exists(), process)
     process.send_signal(number)
     assert process.communicate()[1] == line
     assert process.returncode == 128 + number
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"config.json"}
+    assert left <= {".lock", "config.json"}
 
 
 class Signals:

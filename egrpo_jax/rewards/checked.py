@@ -21,7 +21,11 @@ from egrpo_jax.rewards.base import Pending, Reward, Scores, start
 
 
 class RewardError(UserError):
-    """A reward raised an exception, gave what are no scores, or says that it cannot score what it was given."""
+    """A reward raised an exception, or gave what are no scores."""
+
+
+class UnfitInputError(RewardError):
+    """A reward says that it cannot score such images or prompts."""
 
 
 class CheckedReward:
@@ -68,8 +72,8 @@ class CheckedReward:
 
         Raises:
           ValueError: images and prompts are not as many.
-          RewardError: the reward cannot score such images or prompts, it gives anything but a number for each, or it
-            is the user's own and raises; also when waiting.
+          UnfitInputError: the reward cannot score such images or prompts.
+          RewardError: it gives anything but a number for each, or it is the user's own and raises; also when waiting.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, H, W, 3], found {images.shape}")
@@ -111,7 +115,7 @@ def blamed(name: str, reward: Any, own: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise RewardError(f"the reward {name!r}: {error}") from error
+        raise UnfitInputError(f"the reward {name!r}: {error}") from error
     except Exception as error:
         if not own:
             raise

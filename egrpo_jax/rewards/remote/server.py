@@ -21,8 +21,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 import waitress
 from waitress import wasyncore
 
-from egrpo_jax.common.errors import UserError
-from egrpo_jax.rewards.checked import CheckedReward, RewardError
+from egrpo_jax.rewards.checked import CheckedReward, UnfitInputError
 from egrpo_jax.rewards.remote.scores import read_request
 
 LONGEST_REQUEST = 2**28
@@ -117,9 +116,7 @@ class ScoreServer:
             images, prompts = read_request(json.loads(body))
             with self._scoring:
                 values, came = self._reward(images, prompts)
-        except RewardError:  # not the client's fault
-            raise
-        except (ValueError, RecursionError, UserError) as error:
+        except (UnfitInputError, ValueError, RecursionError) as error:
             raise BadRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
         return [float(value) if has_come else None for value, has_come in zip(values, came, strict=True)]
 
