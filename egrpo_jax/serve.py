@@ -2,7 +2,7 @@
 
     python -m egrpo_jax.serve --reward hpsv2.1
 
-Speaks the protocol "scores" (rewards/remote/scores.py): POST of images and prompts to /, which answers their scores;
+Speaks the API "scores" (rewards/remote/scores.py): POST of images and prompts to /, which answers their scores;
 GET of / says which scorer this is. An error is `{"error": one line}` with a status of 4xx, the client's, or 5xx, the
 scorer's. Images are rounded to 8 bits on their way. There is no authentication: listen on loopback or a private
 network.

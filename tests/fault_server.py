@@ -21,7 +21,7 @@ def numbered(count, height=4, width=6):
 
 
 def indices(request):
-    """The numbers of a request's images and prompts, of either protocol, after a check that they belong together."""
+    """The numbers of a request's images and prompts, of either API, after a check that they belong together."""
     if "messages" in request:
         image, text = request["messages"][0]["content"]
         files, prompts = [image["image_url"]["url"].partition(",")[2]], [text["text"]]

@@ -56,8 +56,8 @@ def describe_reward(name: str, scorers: ScorersConfig) -> str:
         return f"{lines[0]} ({', '.join(files)})" if files else lines[0]
     if name in scorers.remote:
         remote = scorers.remote[name]
-        model = f", {remote.model}" if remote.protocol == "chat" else ""
-        return f"at {_bare(remote.url)}, protocol {remote.protocol}{model}"
+        model = f", {remote.model}" if remote.api == "chat" else ""
+        return f"at {_bare(remote.url)}, API {remote.api}{model}"
     return "the user's own"
 
 

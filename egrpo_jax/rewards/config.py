@@ -81,7 +81,7 @@ class RemoteConfig:
 
     Attributes:
       url: where it is: http://host:port/path.
-      protocol: "scores": the one that `python -m egrpo_jax.serve` speaks; "chat": a vision model behind an
+      api: "scores": the one that `python -m egrpo_jax.serve` speaks; "chat": a vision model behind an
         OpenAI-compatible server, which is asked at /v1/chat/completions below `url`.
       api_key: name of the environment variable that holds the key, if it wants one.
       batch: of "scores", images in a request; "chat" sends them one by one.
@@ -99,7 +99,7 @@ class RemoteConfig:
     """
 
     url: str
-    protocol: Literal["scores", "chat"] = "scores"
+    api: Literal["scores", "chat"] = "scores"
     api_key: str | None = None
     batch: Count = 8
     concurrency: Annotated[int, Range(1, 10_000)] = 8

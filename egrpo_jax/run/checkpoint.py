@@ -107,21 +107,21 @@ class Checkpoints:
             cause = getattr(error, "strerror", None) or last_cause(error)
             raise UserError(f"cannot write a checkpoint in {self.directory}: {cause}") from error
 
-    def restore_latest(self, template: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
+    def restore_latest(self, abstract: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.
 
         Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good; they
         stay where all is only read.
 
         Args:
-          template: the state, or the same tree of `jax.ShapeDtypeStruct`. The result has its shardings; a struct
+          abstract: the state's tree, of `jax.ShapeDtypeStruct` or of arrays. The result has its shardings; a struct
             without one goes to the first device.
-          partial: `template` may lack some of the state's leaves, and only those that it has are read.
+          partial: `abstract` may lack some of the state's leaves, and only those that it has are read.
 
         Raises:
           UserError: if a checkpoint is of another model (paths, dtypes or shapes differ), or all of them are damaged.
         """
-        target = jax.tree.map(_placed, template)
+        target = jax.tree.map(_placed, abstract)
         failures: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:

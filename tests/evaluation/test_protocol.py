@@ -43,11 +43,11 @@ def test_a_model_is_described_by_what_it_has():
 
 
 def test_rewards_are_described_without_secrets():
-    chat = RemoteConfig("http://host/v1?key=secret", protocol="chat", model="Judge-7B")
+    chat = RemoteConfig("http://host/v1?key=secret", api="chat", model="Judge-7B")
     scorers = ScorersConfig(hps=HpsConfig(path="hps.pt"), remote={"vlm": chat})
     assert protocol.describe_reward("imagereward", scorers).endswith(
         "(THUDM/ImageReward, google-bert/bert-base-uncased)"
     )
-    assert protocol.describe_reward("vlm", scorers) == "at http://host/v1, protocol chat, Judge-7B"
+    assert protocol.describe_reward("vlm", scorers) == "at http://host/v1, API chat, Judge-7B"
     assert protocol.describe_reward("mine:reward", scorers) == "the user's own"
     assert "secret" not in json.dumps(protocol.public_config(to_config_dict(TrainConfig(scorers=scorers)).to_dict()))

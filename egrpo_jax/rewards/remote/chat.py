@@ -1,4 +1,4 @@
-"""The protocol "chat": a vision model behind an OpenAI-compatible server judges each image in words.
+"""The API "chat": a vision model behind an OpenAI-compatible server judges each image in words.
 
 As UnifiedReward (arXiv:2503.05236) is used: image first, then the question, temperature 0; marks from 1 to 5.
 """
@@ -55,7 +55,7 @@ BUILT_IN = {
 
 
 class Chat:
-    """A `client.Protocol`."""
+    """An implementation of `client.Api`."""
 
     batch = 1
 

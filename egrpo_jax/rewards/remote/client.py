@@ -33,7 +33,7 @@ from egrpo_jax.rewards.remote.scores import Scores
 LONGEST_PAUSE = 30.0
 
 
-class Protocol(typing.Protocol):
+class Api(typing.Protocol):
     """A way to make requests of images, and scores of answers."""
 
     url: str
@@ -52,8 +52,8 @@ def remote(name: str, config: RemoteConfig) -> RemoteReward:
     Raises:
       ConfigError: the key, template or patterns that it names are not there or wrong. Nothing is sent yet.
     """
-    protocol = Chat(config) if config.protocol == "chat" else Scores(config.url, config.batch)
-    return RemoteReward(name, config, protocol)
+    api = Chat(config) if config.api == "chat" else Scores(config.url, config.batch)
+    return RemoteReward(name, config, api)
 
 
 @dataclasses.dataclass
@@ -80,10 +80,10 @@ class RemoteReward:
       faults: what went wrong, by kind, and how often; "missing" is the number of scores that never came.
     """
 
-    def __init__(self, name: str, config: RemoteConfig, protocol: Protocol):
+    def __init__(self, name: str, config: RemoteConfig, api: Api):
         """Raises ConfigError: the environment has no key."""
         self.faults: collections.Counter[str] = collections.Counter()
-        self._name, self._config, self._protocol = name, config, protocol
+        self._name, self._config, self._api = name, config, api
         self._headers = _authorization(config.api_key)
         self._lock = threading.Lock()
         self._last: Pending | None = None
@@ -102,7 +102,7 @@ class RemoteReward:
             raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, H, W, 3], found {images.shape}")
         if self._last is not None:
             self._last()
-        count, batch = len(images), self._protocol.batch
+        count, batch = len(images), self._api.batch
         rows = collections.deque(slice(first, first + batch) for first in range(0, count, batch))
         call = _Call(rows, np.full(count, np.nan, np.float32), time.monotonic() + self._config.deadline)
         work = (call, to_uint8(images), list(prompts))
@@ -144,7 +144,7 @@ class RemoteReward:
 
     def _score(self, call: _Call, rows: slice, images: np.ndarray, prompts: list[str]) -> None:
         """Puts the scores of `rows` into `call`, in as many attempts as there may be."""
-        body = json.dumps(self._protocol.request(images, prompts)).encode()
+        body = json.dumps(self._api.request(images, prompts)).encode()
         for attempt in range(self._config.retries + 1):
             if not call.left():
                 return
@@ -161,8 +161,8 @@ class RemoteReward:
 
     def _attempt(self, call: _Call, rows: slice, body: bytes) -> None:
         """Sends one request. Raises Fault if there is a score that did not come; the others are in `call`."""
-        answer = post(self._protocol.url, body, self._headers, min(self._config.timeout, call.left()))
-        scores = np.array(self._protocol.scores(answer, len(call.scores[rows])), np.float32)
+        answer = post(self._api.url, body, self._headers, min(self._config.timeout, call.left()))
+        scores = np.array(self._api.scores(answer, len(call.scores[rows])), np.float32)
         call.scores[rows] = scores
         if np.isnan(scores).any():
             raise Fault("not a number", f"{np.isnan(scores).sum()} of {scores.size} scores")
@@ -178,7 +178,7 @@ class RemoteReward:
             new = fault.kind not in call.seen
             call.seen.add(fault.kind)
         if new:
-            url = self._protocol.url.partition("?")[0]  # what follows may be secret
+            url = self._api.url.partition("?")[0]  # what follows may be secret
             tqdm.tqdm.write(f"warning: reward {self._name!r} at {url}: {fault}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The protocol "scores": plain HTTP between a training run and a scorer, for both ends.
+"""The API "scores": plain HTTP between a training run and a scorer, for both ends.
 
 POST of `{"images": [PNG in base64, ...], "prompts": [text, ...]}`, both of one length B; the answer is
 `{"scores": [number, ...]}`, the score of each image in the same order, null for one that has none.
@@ -24,7 +24,7 @@ MOST_PIXELS = 2**26
 
 
 class Scores:
-    """The client's end, a `client.Protocol`."""
+    """The client's end, a `client.Api`."""
 
     def __init__(self, url: str, batch: int):
         """Raises ConfigError: it is no address."""
@@ -52,7 +52,7 @@ def read_request(request: Any) -> tuple[np.ndarray, list[str]]:
     """Images `[B, H, W, 3]` in [0, 1], float32, and prompts of the JSON `request`: the server's end.
 
     Raises:
-      ValueError: it is not as the protocol has it; the message says what is wrong.
+      ValueError: it is not as the API has it; the message says what is wrong.
     """
     images, prompts = (request.get(key) if isinstance(request, dict) else None for key in ("images", "prompts"))
     if not isinstance(images, list) or not isinstance(prompts, list) or len(images) != len(prompts) or not images:

@@ -110,7 +110,7 @@ class ScoreServer:
         """The scores for the request `body`, None for one that did not come.
 
         Raises:
-          BadRequest: it is not as the protocol has it, or the scorer cannot use its images or prompts.
+          BadRequest: it is not as the API has it, or the scorer cannot use its images or prompts.
         """
         try:
             images, prompts = read_request(json.loads(body))

@@ -16,7 +16,7 @@ from tests.fault_server import FaultServer, chats, numbered, right, says
 
 
 def make(url="http://127.0.0.1:1", **changes):
-    quick = {"protocol": "chat", "timeout": 30.0, "deadline": 30.0, "retries": 1, "backoff": 0.01}
+    quick = {"api": "chat", "timeout": 30.0, "deadline": 30.0, "retries": 1, "backoff": 0.01}
     return RemoteConfig(url, **quick | changes)
 
 

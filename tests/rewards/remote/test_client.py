@@ -417,7 +417,7 @@ def test_a_key_in_the_place_of_its_name_is_not_shown():
             for url in ("http://straße.example", f"http://{'ü' * 64}.example", "http://ü..example", "http://℀")
         ),
         *((key, 0) for key in ("batch", "concurrency", "max_tokens", "timeout", "deadline", "best")),
-        *(("retries", -1), ("backoff", -0.1), ("timeout", float("inf")), ("protocol", "grpc")),
+        *(("retries", -1), ("backoff", -0.1), ("timeout", float("inf")), ("api", "grpc")),
     ],
 )
 def test_a_wrong_config_names_its_key(key, value):
