@@ -14,7 +14,8 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.images import finite_images, to_uint8
 from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.solver import solve
-from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data, spread
+from egrpo_jax.parallel.fsdp import Layout
+from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
 
@@ -23,16 +24,18 @@ class Sampler:
     """Prompts to images by the deterministic flow; runs under the mesh that is set."""
 
     def __init__(self, pipeline: Pipeline, times: Times, batch: int):
-        """`batch` prompts at once, rounded up to a multiple of the mesh's axis `data`."""
-        devices = jax.sharding.get_abstract_mesh().shape[DATA]
+        """`batch` prompts at once, rounded up to a multiple of the devices."""
+        devices = sample_devices()
         self._pipeline, self._batch = pipeline, math.ceil(batch / devices) * devices
+        layout = Layout.of(pipeline.abstract(jax.sharding.get_mesh()), pipeline.dtype)
 
         def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
-            noise = anchor_noise(keys, pipeline.latents_shape)
-            latents = solve(pipeline.velocity, params, noise, jnp.array(times, jnp.float32), conditioning)
-            return pipeline.decode(params, latents)
+            noise, boxed = anchor_noise(keys, pipeline.latents_shape), layout.boxed(params)
+            latents = solve(pipeline.velocity, boxed, noise, jnp.array(times, jnp.float32), conditioning)
+            return pipeline.decode(boxed, latents)
 
-        self._sample = spread(sample, (REPLICATED, over_data(), over_data()), over_data())
+        spread_out = spread(sample, (layout.specs, over_samples(), over_samples()), over_samples())
+        self._sample = compiled(lambda params, *inputs: spread_out(layout.working_copy(params), *inputs))
 
     def __call__(
         self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0

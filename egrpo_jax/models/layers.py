@@ -29,12 +29,11 @@ TIME_FEATURES = 256
 
 
 class Linear(nn.Dense):
-    """A dense layer that sees its input as one matrix: flat matmuls are the fastest form on every backend."""
+    """A dense layer whose output `remat` may keep."""
 
     @nn.compact
     def __call__(self, inputs: chex.Array) -> chex.Array:
-        outputs = super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], self.features)
-        return checkpoint_name(outputs, "projection")
+        return checkpoint_name(super().__call__(inputs), "projection")
 
 
 class LayerNorm(nn.LayerNorm):

@@ -97,8 +97,8 @@ def init_lora(key: chex.PRNGKey, params: Mapping[str, Any], config: LoraConfig) 
 
 def low_rank(x: chex.Array, a: chex.Array, b: chex.Array, scale: float, dtype: Any) -> chex.Array:
     """`scale * (x A) B`, `[..., in]` to `[..., out]`, computed in `dtype`."""
-    flat, a, b = (jnp.asarray(array, dtype) for array in (x.reshape(-1, x.shape[-1]), a, b))
-    return ((flat @ a) * scale @ b).reshape(*x.shape[:-1], b.shape[-1])
+    x, a, b = (jnp.asarray(array, dtype) for array in (x, a, b))
+    return (x @ a) * scale @ b
 
 
 def lora_interceptor(scale: float) -> Callable[..., Any]:
@@ -116,8 +116,8 @@ def lora_interceptor(scale: float) -> Callable[..., Any]:
             output = next_fun(*args, **kwargs)
         finally:
             called.pop()
-        a: chex.Array = module.get_variable(COLLECTION, "a")
-        b: chex.Array = module.get_variable(COLLECTION, "b")
+        # As Flax does with parameters: they may come in boxes that gather them.
+        a, b = nn.meta.unbox([module.get_variable(COLLECTION, name) for name in ("a", "b")])
         return output + low_rank(args[0], a, b, scale, output.dtype)
 
     return interceptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -13,8 +14,10 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from egrpo_jax.common.errors import ConfigError, UserError, first_line
 from egrpo_jax.common.ranges import Range, check
 
-DATA = "data"
-"""The axis over which prompts are spread: manual inside shard_map. `fsdp` and `tensor` stay automatic."""
+FSDP, TENSOR = "fsdp", "tensor"
+SAMPLES = ("data", FSDP)
+"""The axes over which samples are spread, together, so that no device repeats another's work: manual inside shard_map.
+`tensor` stays automatic."""
 
 
 Axis = Annotated[int, Range(1, 1_000_000, also=-1, why="-1 takes all devices that are left")]
@@ -25,8 +28,8 @@ class MeshConfig:
     """The config section `mesh`: devices on each axis; -1 on one axis takes all that are left.
 
     Attributes:
-      data: devices over which prompts are spread.
-      fsdp: devices over which parameters are sharded, and gathered layer by layer.
+      data: devices over which samples are spread, all with the same parameters.
+      fsdp: devices over which samples are spread and parameters are sharded; these are gathered layer by layer.
       tensor: devices over which matrix products are split.
     """
 
@@ -56,7 +59,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         sizes[fill] = devices // used
     if sizes[0] * sizes[1] * sizes[2] != devices:
         raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {devices} devices here")
-    return jax.make_mesh(sizes, (DATA, "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, (*SAMPLES, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def _count_devices() -> int:
@@ -73,9 +76,16 @@ def _count_devices() -> int:
         ) from error
 
 
-def over_data(axis: int = 0) -> PartitionSpec:
-    """Spread over `data` along `axis`."""
-    return PartitionSpec(*(None,) * axis, DATA)
+def sample_devices(mesh: Mesh | None = None) -> int:
+    """The number of devices, or teams of devices along `tensor`, that samples are spread over; by default of the mesh
+    that is set."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(shape[axis] for axis in SAMPLES)
+
+
+def over_samples(axis: int = 0) -> PartitionSpec:
+    """Spread over all devices that share the samples, along `axis`."""
+    return PartitionSpec(*(None,) * axis, SAMPLES)
 
 
 REPLICATED = PartitionSpec()
@@ -84,12 +94,16 @@ EXACT = {"xla_allow_excess_precision": False}
 happen to be fused, and two passes over the same states differ by more than the clip range of the policy ratio."""
 
 
-def spread(
-    function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """`jit(shard_map(function))`, manual over `data`, under the mesh set by `jax.set_mesh`; may reuse the memory of the
-    arguments numbered in `donate`."""
-    # check_vma would sum the gradients of replicated parameters over devices in every micro-batch; `rl.update` does
+def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`shard_map(function)`, manual over `SAMPLES`, under the mesh set by `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Where nothing is split over `tensor`, XLA has nothing left to partition, which is half of compiling.
+    manual = {*SAMPLES} if mesh.shape[TENSOR] > 1 else {*SAMPLES, TENSOR}
+    # check_vma would sum the gradients of replicated parameters over devices in every micro-batch; `fsdp.Layout` does
     # so once, after accumulation.
-    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate, compiler_options=EXACT)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit(function, **options)`, `EXACT`."""
+    return jax.jit(function, compiler_options=EXACT, **options)

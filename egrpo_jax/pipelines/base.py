@@ -31,7 +31,10 @@ class Pipeline:
       encode: prompts to the conditioning, a pytree with leading axis B; called under the mesh that is set.
       decode: `(params, latents[B, N, D])`, the latents at t = 0, to images `[B, H, W, 3]` in [0, 1]; traceable.
       latents_shape: (N, D).
-      rules: how the parameters are sharded; by default they are replicated.
+      rules: how the parameters are sharded; by default they are replicated. Inside `velocity` and `decode` those that
+        are split over `fsdp` come in boxes, which Flax's layers open; a function of one's own calls
+        `flax.linen.meta.unbox` where it reads them.
+      dtype: what split parameters are gathered in, since the model computes in it; None: as they are stored.
       trainable: regular expression, found in the paths (joined with '/') of the parameters that training changes.
       forward_flops: floating-point operations of one sample's velocity, where known.
       sampling_shift: shift of the time grid on which the published model samples, where it has one of its own.
@@ -46,6 +49,7 @@ class Pipeline:
     decode: Callable[[Any, chex.Array], chex.Array]
     latents_shape: tuple[int, int]
     rules: Rules = ()
+    dtype: Any = None
     trainable: str = ""
     forward_flops: float | None = None
     sampling_shift: float | None = None

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from egrpo_jax.parallel.mesh import DATA, REPLICATED, over_data
+from egrpo_jax.parallel.fsdp import Layout
+from egrpo_jax.parallel.mesh import over_samples, sample_devices, spread
 
 Network = Callable[..., Any]
 """`(params, *inputs) -> outputs`, pure; inputs and outputs are pytrees of arrays with leading axis B, and a row of the
@@ -22,25 +23,18 @@ class Batched:
     """A compiled network that takes any number of rows."""
 
     def __init__(self, network: Network, params: Any, batch: int, mesh: Mesh):
-        """`batch` rows at once on a device; `params` lie on `mesh`, whose axis `data` the rows are spread over."""
-        self._params, self._batch, self._devices = params, batch, mesh.shape[DATA]
+        """`batch` rows at once on a device; `params` lie on `mesh`, over which the rows are spread."""
+        self._params, self._batch, self._devices = params, batch, sample_devices(mesh)
+        layout = Layout.of(params)
 
         def one_after_another(params: Any, inputs: tuple[Any, ...]) -> Any:
             rows = jax.tree.leaves(inputs)[0].shape[0]
             parts = jax.tree.map(lambda x: x.reshape(-1, min(batch, rows), *x.shape[1:]), inputs)
-            outputs = jax.lax.map(lambda part: network(params, *part), parts)
+            outputs = jax.lax.map(lambda part: network(layout.boxed(params), *part), parts)
             return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), outputs)
 
-        self._run = jax.jit(
-            jax.shard_map(
-                one_after_another,
-                mesh=mesh,
-                in_specs=(REPLICATED, over_data()),
-                out_specs=over_data(),
-                axis_names={DATA},
-                check_vma=False,  # no collectives inside
-            )
-        )
+        with jax.set_mesh(mesh):
+            self._run = jax.jit(spread(one_after_another, (layout.specs, over_samples()), over_samples()))
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of all B rows of `inputs`."""

@@ -8,8 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from egrpo_jax.flow.solver import VelocityFn, solve, solve_path
-from egrpo_jax.flow.transition import Kernel, draw, log_prob, sde_kernel
+from egrpo_jax.flow.solver import VelocityFn, solve_path
+from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob, sde_kernel
+from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.plan import Plan
 
 _ANCHOR = 0  # What the anchor's noise key is folded with; grid step i uses i + 1.
@@ -38,7 +39,7 @@ class Rollout(NamedTuple):
 
     Attributes:
       transitions: the random steps.
-      latents: where the tails end, t = 0: `[P, E, R, G, N, D]`, R the number of tail strides.
+      latents: where the tails end, t = 0: `[M, N, D]`, in the order of `Tails`.
     """
 
     transitions: Transitions
@@ -79,15 +80,22 @@ def _branch_noise(keys: chex.Array, plan: Plan, shape: tuple[int, int]) -> chex.
 
 
 def roll_out(
-    velocity_fn: VelocityFn, params: Any, plan: Plan, conditioning: Any, keys: chex.Array, shape: tuple[int, int]
+    velocity_fn: VelocityFn,
+    params: Any,
+    plan: Plan,
+    tails: Tails,
+    conditioning: Any,
+    keys: chex.Array,
+    shape: tuple[int, int],
 ) -> Rollout:
-    """Samples one iteration of `plan`.
+    """Samples one iteration of `plan`, or a worker's part of it.
 
     The anchor's own velocities serve all branches, so that only anchor and tails call the model:
     `plan.rollout_passes` times for each prompt.
 
     Args:
       velocity_fn, params: the model.
+      tails: the worker's own, of `deal_tails`; all of them are for one worker.
       conditioning: pytree with leading axis P.
       keys: one key for each prompt, `[P]`.
       shape: (N, D) of the latents.
@@ -95,7 +103,7 @@ def roll_out(
     times = jnp.array(plan.times, jnp.float32)
     _, path, velocities = solve_path(velocity_fn, params, anchor_noise(keys, shape), times, conditioning)
     transitions = _branch(plan, times, path, velocities, keys)
-    return Rollout(transitions, _tails(velocity_fn, params, plan, times, transitions.next_latents, conditioning))
+    return Rollout(transitions, _walk(velocity_fn, params, tails, transitions.next_latents, conditioning))
 
 
 def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Array, keys: chex.Array) -> Transitions:
@@ -111,24 +119,20 @@ def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Ar
     return Transitions(latents, next_latents, time, next_time, sigma, log_prob(kernel, next_latents))
 
 
-def _tails(
-    velocity_fn: VelocityFn,
-    params: Any,
-    plan: Plan,
-    times: chex.Array,
-    starts: chex.Array,
-    conditioning: Any,
-) -> chex.Array:
-    """Walks every sample `[P, E, G, N, D]` to t = 0 at every stride: `[P, E, R, G, N, D]`."""
-    num_prompts, num_branches, group_size, *shape = starts.shape
-    per_sample = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), conditioning)
-    tails = [(e, b.stop, stride) for e, b in enumerate(plan.branches) for stride in plan.tail_strides]
+def _walk(velocity_fn: VelocityFn, params: Any, tails: Tails, starts: chex.Array, conditioning: Any) -> chex.Array:
+    """Walks `tails` from the samples `[P, E, G, N, D]` to t = 0: `[M, N, D]`."""
+    _, num_branches, group_size, *shape = starts.shape
+    prompts = tails.start // (num_branches * group_size)
 
-    def walk(_: None, tail: chex.Array) -> tuple[None, chex.Array]:
-        branch, start, stride = tail
-        latents = starts[:, branch].reshape(-1, *shape)
-        return None, solve(velocity_fn, params, latents, times, per_sample, start, stride)
+    def advance(latents: chex.Array, step: tuple[chex.Array, ...]) -> tuple[chex.Array, None]:
+        carried, time, next_time = step
+        here = latents[carried]
+        own = jax.tree.map(lambda x: x[jnp.take(prompts, carried, mode="clip")], conditioning)
+        velocity = velocity_fn(params, here, time, own)
+        return latents.at[carried].set(euler_step(here, velocity, time, next_time)), None
 
-    _, ends = jax.lax.scan(walk, None, jnp.array(tails))
-    ends = ends.reshape(num_branches, len(plan.tail_strides), num_prompts, group_size, *shape)
-    return jnp.moveaxis(ends, 2, 0)
+    latents = starts.reshape(-1, *shape)[tails.start]
+    spare = jnp.zeros_like(latents[:1])  # what a slot without a tail carries
+    steps = (tails.carried, tails.time, tails.next_time)
+    latents, _ = jax.lax.scan(advance, jnp.concatenate([latents, spare]), steps)
+    return latents[:-1]

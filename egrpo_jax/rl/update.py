@@ -15,6 +15,7 @@ import optax
 from egrpo_jax.common.ranges import Count, Decay, Range, check
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.flow.transition import log_prob
+from egrpo_jax.rl.deal import States
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss
 from egrpo_jax.rl.rollout import Transitions, group_kernel
 
@@ -29,7 +30,7 @@ class LearnerConfig:
       clip_range: the ratio is clipped to 1 plus or minus this; float32 tells nothing below 1e-7 from 1.
       advantage_clip: advantages are clipped to plus or minus this.
       micro_batch: states in one forward and backward pass on one device, gradients being accumulated over the rest;
-        None for all.
+        None for all, which saves the memory of one copy of the gradients, and takes that of all activations.
       ema_decay: of the parameters' exponential moving average, once an iteration, which is then what is evaluated; None
         keeps none.
     """
@@ -73,18 +74,37 @@ class UpdateStats(NamedTuple):
     update_norm: chex.Array
 
 
-class _Batch(NamedTuple):
-    """States `[B, ...]` for one forward and backward pass, and which chunk of B prompts they are of."""
+class Batch(NamedTuple):
+    """Trained states, in micro-batches of B for one forward and backward pass; leading axes `[U, M, B]`, or the last.
 
+    Attributes:
+      prompt: the row of the conditioning that a state belongs to.
+      weight: of each state; sums to 1 over all workers' states of an update.
+      transitions, advantage: of G samples of each state.
+      old_log_prob: of these, at the parameters that sampled; None where an update is at just these.
+    """
+
+    prompt: chex.Array
+    weight: chex.Array
     transitions: Transitions
     advantage: chex.Array
-    old_log_prob: chex.Array | None
-    chunk: chex.Array
+    old_log_prob: chex.Array | None = None
 
 
-_Stats = tuple[LossStats, chex.Array]
-"""Of a loss, and the largest |r - 1| against the rollout's own log-densities."""
-_Gradient = Callable[[Any, _Batch], tuple[Any, _Stats]]
+class StepStats(NamedTuple):
+    """Of a micro-batch, a worker, or an update: the loss, and the largest |r - 1| against the rollout's log-densities.
+
+    All is summed over the parts but what is a maximum, as `LossStats` says.
+    """
+
+    loss: LossStats
+    rollout_deviation: chex.Array
+
+
+Scorer = Callable[[Any, Batch], chex.Array]
+"""`(params, batch [M, B]) -> log-densities [M, B, G]`."""
+Gradient = Callable[[Any, Batch], tuple[Any, StepStats]]
+"""`(params, batch [M, B]) -> (gradient of the loss, float32, its statistics)`, over all workers."""
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: LearnerConfig) -> TrainState:
@@ -106,8 +126,73 @@ def policy_log_prob(velocity_fn: VelocityFn, params: Any, transitions: Transitio
     return log_prob(kernel, transitions.next_latents)
 
 
+def take_batches(transitions: Transitions, advantage: chex.Array, states: States) -> Batch:
+    """The trained `states [U, M, B]` of a worker's transitions `[P, E, ...]` and advantages `[P, E, G]`."""
+    rows = lambda x: x[states.prompt, states.active]
+    return Batch(states.prompt, states.weight, jax.tree.map(rows, transitions), rows(advantage))
+
+
+def score_batch(velocity_fn: VelocityFn, params: Any, conditioning: Any, batch: Batch) -> chex.Array:
+    """The log-densities `[M, B, G]` of the samples of `batch [M, B]` at `params`.
+
+    Args:
+      velocity_fn, params: the model.
+      conditioning: pytree with leading axis P.
+      batch: see `take_batches`.
+    """
+    return jax.lax.map(lambda micro: _score(velocity_fn, params, conditioning, micro), batch)
+
+
+def policy_gradient(
+    velocity_fn: VelocityFn, config: LearnerConfig, params: Any, conditioning: Any, batch: Batch
+) -> tuple[Any, StepStats]:
+    """The gradient of the loss of a worker's states `[M, B]` and its statistics, summed over micro-batches.
+
+    Args:
+      velocity_fn, params: the model.
+      conditioning: pytree with leading axis P.
+      batch: see `take_batches`. Without old log-densities the ratio is 1 by construction.
+
+    Returns:
+      The gradient, in float32, and statistics.
+    """
+
+    def loss(params: Any, micro: Batch) -> tuple[chex.Array, StepStats]:
+        scored = _score(velocity_fn, params, conditioning, micro)
+        weight = micro.weight[:, None] / scored.shape[1]
+        value, stats = policy_loss(scored, micro.old_log_prob, micro.advantage, config, weight)
+        deviation = jnp.abs(jnp.expm1(scored - micro.transitions.log_prob))
+        return value, StepStats(stats, deviation.max(initial=0.0, where=weight > 0))
+
+    def add(total: Any, micro: Batch) -> tuple[Any, StepStats]:
+        grads, stats = jax.grad(loss, has_aux=True)(params, micro)
+        return jax.tree.map(jnp.add, total, grads), stats
+
+    if len(batch.weight) == 1:  # nothing to add up, and no memory for it
+        grads, stats = jax.grad(loss, has_aux=True)(params, jax.tree.map(lambda x: x[0], batch))
+        return optax.tree.cast(grads, jnp.float32), stats
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # bfloat16 would lose small gradients
+    grads, stats = jax.lax.scan(add, zeros, batch)
+    return grads, add_stats(stats)
+
+
+def add_stats(parts: StepStats) -> StepStats:
+    """The statistics of parts along a leading axis as those of the whole."""
+    total, largest = jax.tree.map(lambda x: x.sum(0), parts.loss), parts.loss.ratio_deviation.max(0)
+    return StepStats(total._replace(ratio_deviation=largest), parts.rollout_deviation.max(0))
+
+
+def _score(velocity_fn: VelocityFn, params: Any, conditioning: Any, micro: Batch) -> chex.Array:
+    own = jax.tree.map(lambda x: x[micro.prompt], conditioning)
+    return policy_log_prob(velocity_fn, params, micro.transitions, own)
+
+
 def policy_loss(
-    scored: chex.Array, old_log_prob: chex.Array | None, advantage: chex.Array, config: LearnerConfig
+    scored: chex.Array,
+    old_log_prob: chex.Array | None,
+    advantage: chex.Array,
+    config: LearnerConfig,
+    weight: chex.Array | None = None,
 ) -> tuple[chex.Array, LossStats]:
     """The clipped loss of samples `[B, G]`, of log-density `scored`.
 
@@ -116,104 +201,63 @@ def policy_loss(
     parameters that have not moved since the rollout, `scored` is its own past, and the ratio is 1 by construction.
     """
     old = jax.lax.stop_gradient(scored) if old_log_prob is None else old_log_prob
-    return clipped_ratio_loss(scored, old, advantage, config.clip_range, config.advantage_clip)
+    return clipped_ratio_loss(scored, old, advantage, config.clip_range, config.advantage_clip, weight)
 
 
 def update_policy(
-    velocity_fn: VelocityFn,
+    score: Scorer,
+    gradient: Gradient,
     optimizer: optax.GradientTransformation,
     config: LearnerConfig,
     state: TrainState,
-    transitions: Transitions,
-    advantage: chex.Array,
-    conditioning: Any,
-    axis_name: str | None = None,
+    batches: Batch,
 ) -> tuple[TrainState, UpdateStats]:
     """One iteration's optimizer updates.
 
     Before the first of several, one forward pass of each state takes the old log-densities. Compile this without excess
-    precision (`parallel.mesh.spread` does): only then do passes of equal shapes round equally.
+    precision (`parallel.mesh.EXACT`): only then do passes of equal shapes round equally.
 
     Args:
-      velocity_fn: the model.
+      score, gradient: of all workers together; a single one has `score_batch` and `policy_gradient`.
       optimizer: see `make_optimizer`.
       state: parameters, optimizer state and average.
-      transitions, advantage: `[P, E, ...]` and `[P, E, G]`.
-      conditioning: pytree with leading axis P.
-      axis_name: the mapped axis over which P is spread, inside shard_map; gradients are averaged over it.
+      batches: the trained states of all workers, `[U, M, B]`.
     """
-    micro_batch = config.micro_batch or len(advantage)
-    if len(advantage) % micro_batch:
-        raise ValueError(f"a micro-batch of {micro_batch} states does not divide {len(advantage)} prompts")
-    batches = _micro_batches(transitions, advantage, micro_batch, config)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), conditioning)
-
-    def score(params: Any, batch: _Batch) -> chex.Array:
-        return policy_log_prob(velocity_fn, params, batch.transitions, jax.tree.map(lambda x: x[batch.chunk], chunks))
-
-    def loss(params: Any, batch: _Batch) -> tuple[chex.Array, _Stats]:
-        scored = score(params, batch)
-        value, stats = policy_loss(scored, batch.old_log_prob, batch.advantage, config)
-        return value, (stats, jnp.abs(jnp.expm1(scored - batch.transitions.log_prob)).max())
-
-    if len(batches.advantage) > 1:
-        old = jax.lax.map(lambda part: jax.lax.map(lambda batch: score(state.params, batch), part), batches)
+    if len(batches.weight) > 1:
+        old = jax.lax.map(lambda batch: score(state.params, batch), batches)
         batches = batches._replace(old_log_prob=old)
-    step = functools.partial(_optimizer_step, optimizer, jax.grad(loss, has_aux=True), axis_name)
-    new, stats = jax.lax.scan(step, state, batches)
+    new, stats = jax.lax.scan(functools.partial(_optimizer_step, optimizer, gradient), state, batches)
     if config.ema_decay is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1 - config.ema_decay))
     return new, stats
 
 
-def _micro_batches(transitions: Transitions, advantage: chex.Array, micro_batch: int, config: LearnerConfig) -> _Batch:
-    """All states as `[U, M, B, ...]`: U updates, M micro-batches of each, B states of one active step."""
-    num_prompts, num_active = advantage.shape[:2]
-    num_updates = num_active if config.updates == "per_active_step" else 1
-    split = lambda x: x.swapaxes(0, 1).reshape(num_updates, -1, micro_batch, *x.shape[2:])
-    chunk = jnp.tile(jnp.arange(num_prompts // micro_batch), num_active).reshape(num_updates, -1)
-    return _Batch(jax.tree.map(split, transitions), split(advantage), None, chunk)
-
-
 def _optimizer_step(
-    optimizer: optax.GradientTransformation,
-    gradient: _Gradient,
-    axis_name: str | None,
-    state: TrainState,
-    batch: _Batch,
+    optimizer: optax.GradientTransformation, gradient: Gradient, state: TrainState, batch: Batch
 ) -> tuple[TrainState, UpdateStats]:
-    """One update by the micro-batches `[M, B, ...]` of `batch`; not applied where it would leave a nan or infinity."""
+    """One update by `batch [M, B]`; not applied where it would leave a nan or infinity."""
     params, opt_state, ema, skipped = state
-    grads, (loss, rollout) = _mean_gradient(lambda micro: gradient(params, micro), batch, params, axis_name)
-    updates, new_opt_state = optimizer.update(grads, opt_state, params)
-    new = (optax.apply_updates(params, updates), new_opt_state)
-    # A finite gradient may have an infinite update, and a finite update may overflow what a parameter is stored in.
-    sound = _all_finite((loss.loss, new))
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (params, opt_state))
+    grads, stats = gradient(params, batch)
+    # A finite gradient may have an infinite update, and a finite update may overflow what a parameter is stored in. To
+    # choose between old and new parameters afterwards would need memory for both, so the update is made twice: first
+    # for this one bit, then, behind a barrier that keeps XLA from remembering the first, in place.
+    sound = _all_finite((stats.loss.loss, *_apply(optimizer, grads, opt_state, params)[:2]))
+    norm = optax.tree.norm(grads)
+    grads, opt_state, params, sound = jax.lax.optimization_barrier((grads, opt_state, params, sound))
+    *new, update_norm = _apply(optimizer, grads, opt_state, params)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), tuple(new), (params, opt_state))
     skipped = Skipped(jnp.where(sound, 0, skipped.in_a_row + 1), skipped.in_all + ~sound)
-    stats = UpdateStats(loss, rollout, optax.tree.norm(grads), optax.tree.norm(updates))
-    return TrainState(params, opt_state, ema, skipped), stats
+    return TrainState(params, opt_state, ema, skipped), UpdateStats(*stats, norm, update_norm)
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any, chex.Array]:
+    """New parameters, new optimizer state, and the norm of the change."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(updates)
 
 
 def _all_finite(tree: Any) -> chex.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-
-
-def _mean_gradient(
-    gradient: Callable[[_Batch], tuple[Any, _Stats]], batch: _Batch, params: Any, axis_name: str | None
-) -> tuple[Any, _Stats]:
-    """The mean of `gradient` over the leading axis of `batch` and over devices, with the statistics likewise."""
-
-    def add(total: Any, micro: _Batch) -> tuple[Any, _Stats]:
-        grads, stats = gradient(micro)
-        return jax.tree.map(jnp.add, total, grads), stats
-
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # bfloat16 would lose small gradients
-    total, (stats, rollout) = jax.lax.scan(add, zeros, batch)
-    grads = jax.tree.map(lambda g: g / len(batch.advantage), total)
-    mean, largest = jax.tree.map(jnp.mean, stats), (stats.ratio_deviation.max(), rollout.max())
-    if axis_name is not None:
-        grads, mean = jax.lax.pmean((grads, mean), axis_name)
-        largest = jax.lax.pmax(largest, axis_name)
-    return grads, (mean._replace(ratio_deviation=largest[0]), largest[1])

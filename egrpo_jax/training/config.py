@@ -105,9 +105,11 @@ class TrainConfig:
       seed: of all noise and of the prompts' order.
       num_iterations: rollouts, each with its optimizer updates.
       prompts: a built-in set, or a file: text with one prompt a line, JSONL, JSON, CSV or TSV.
-      prompts_per_iteration: over all devices; a multiple of the mesh's axis `data`.
+      prompts_per_iteration: over all devices; best a multiple of these: then no anchor is walked twice.
       prompts_per_rollout: how many of them are rolled out at once, a divisor of their number; None: all. Fewer take
         less memory, and rewards on other machines score the images of one rollout during the next.
+      tails_per_device: samples that a device carries to images at once, the longest way first; None: as many as are a
+        group of each of its prompts. More take more memory, and share each gather of the weights.
       wandb: also log to Weights & Biases (`pip install -e '.[wandb]'`).
       model, rewards, scorers, plan, learner, optim, evaluation, checkpoint, mesh: the sections of these names.
     """
@@ -118,6 +120,7 @@ class TrainConfig:
     prompts: str = "emoji_train"
     prompts_per_iteration: Count = 8
     prompts_per_rollout: Count | None = None
+    tails_per_device: Count | None = None
     wandb: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

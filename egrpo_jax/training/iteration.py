@@ -15,11 +15,13 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.rewards import Pending, Scores
 from egrpo_jax.rl.advantage import complete_groups, credit
+from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.rollout import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import RewardsConfig
-from egrpo_jax.training.job import Job, Phases
+from egrpo_jax.training.job import Job
 from egrpo_jax.training.numbers import reward_numbers, update_numbers
+from egrpo_jax.training.phases import Phases
 from egrpo_jax.training.state import Progress
 
 
@@ -98,33 +100,40 @@ def sample_and_score(
             inputs = jax.tree.map(lambda x: x[rows], (conditioning, keys))  # noqa: B023  # used at once
             rollout = jax.block_until_ready(phases.rollout(params, *inputs))
         with timer.phase("decode"):
-            latents = rollout.latents.reshape(-1, *rollout.latents.shape[-2:])
-            images = jax.block_until_ready(phases.decode(params, latents))
+            images = jax.block_until_ready(phases.decode(params, rollout.latents))
         with timer.phase("reward"):
-            pending.append(_hand_in(job, images, prompts[rows]))
+            pending.append(_hand_in(job, phases.tails, images, prompts[rows]))
         transitions.append(rollout.transitions)
         finite.append(np.asarray(finite_images(images)))
-    shape = (len(prompts), *rollout.latents.shape[1:-2])
+    shape = (at_once, len(job.plan.branches), len(job.plan.tail_strides), job.plan.group_size)
+    in_order = lambda parts: np.concatenate([_in_order(part, phases.tails, shape) for part in parts])
     with timer.phase("reward"):
         names = job.config.rewards.train, job.config.rewards.heldout
-        trained, heldout = ({name: _wait([part[name] for part in pending]) for name in group} for group in names)
+        trained, heldout = ({name: [part[name]() for part in pending] for name in group} for group in names)
     return Samples(
         transitions=jax.tree.map(lambda *parts: jnp.concatenate(parts), *transitions),
-        scores={name: Scores(*(x.reshape(shape) for x in scores)) for name, scores in trained.items()},
-        heldout={name: scores.mean() for name, scores in heldout.items()},
-        finite=np.concatenate(finite).reshape(shape),
+        scores={name: Scores(*map(in_order, zip(*parts, strict=True))) for name, parts in trained.items()},
+        heldout={name: Scores.join(parts).mean() for name, parts in heldout.items()},
+        finite=in_order([part[phases.tails.sample >= 0] for part in finite]),
     )
 
 
-def _hand_in(job: Job, images: chex.Array, prompts: Sequence[str]) -> dict[str, Pending[Scores]]:
+def _hand_in(job: Job, tails: Tails, images: chex.Array, prompts: Sequence[str]) -> dict[str, Pending[Scores]]:
     """Begins to score the images of all branches of `prompts`; by held-out rewards, the first of each group."""
-    shown = [prompt for prompt in prompts for _ in range(job.plan.decodes)]
-    each = {name: 1 if name in job.config.rewards.train else job.plan.group_size for name in job.rewards}
-    return {name: reward.start(images[:: each[name]], shown[:: each[name]]) for name, reward in job.rewards.items()}
+    real, first = tails.sample >= 0, tails.sample % job.plan.group_size == 0
+    chosen = {name: real if name in job.config.rewards.train else real & first for name in job.rewards}
+    shown = np.array(prompts, object)[tails.sample // job.plan.decodes]
+    return {
+        name: reward.start(images if chosen[name].all() else images[chosen[name]], list(shown[chosen[name]]))
+        for name, reward in job.rewards.items()
+    }
 
 
-def _wait(pending: Sequence[Pending[Scores]]) -> Scores:
-    return Scores(*map(np.concatenate, zip(*(wait() for wait in pending), strict=True)))
+def _in_order(values: np.ndarray, tails: Tails, shape: tuple[int, ...]) -> np.ndarray:
+    """`values` of a rollout's images, in the order of `tails`, by the sample that each is of: `shape` (P, E, R, G)."""
+    ordered = np.empty(shape, values.dtype)
+    ordered.ravel()[tails.sample[tails.sample >= 0]] = values
+    return ordered
 
 
 def check_samples(samples: Samples, iteration: int, config: RewardsConfig) -> None:

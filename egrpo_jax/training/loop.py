@@ -27,8 +27,9 @@ from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.run.workdir import check_record, record_config
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError, run_iteration
-from egrpo_jax.training.job import Job, Phases, make_job, make_phases
+from egrpo_jax.training.job import Job, make_job
 from egrpo_jax.training.numbers import speed_numbers
+from egrpo_jax.training.phases import Phases, make_phases
 from egrpo_jax.training.report import Evaluator, report, show, warn_of_rounding
 from egrpo_jax.training.state import Progress, save, start_or_resume
 

@@ -42,7 +42,7 @@ def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState)
     """Of the iteration's updates: means over them, the largest deviations of a ratio from 1, counters."""
     numbers = {
         "loss": stats.loss.loss.mean(),
-        "ratio/mean": stats.loss.ratio.mean(),
+        "ratio/mean": 1 + stats.loss.ratio_excess.mean(),
         "ratio/max_deviation": stats.loss.ratio_deviation.max(),
         "ratio/on_policy_deviation": stats.loss.ratio_deviation[0],
         "ratio/rollout_deviation": stats.rollout_deviation[0],

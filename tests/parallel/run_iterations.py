@@ -16,7 +16,8 @@ from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import run_iteration
-from egrpo_jax.training.job import make_job, make_phases
+from egrpo_jax.training.job import make_job
+from egrpo_jax.training.phases import make_phases
 from egrpo_jax.training.state import start_or_resume
 
 

@@ -15,7 +15,8 @@ from egrpo_jax.pipelines import ModelConfig, Pipeline, load_pipeline
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.job import Job, make_phases
+from egrpo_jax.training.job import Job
+from egrpo_jax.training.phases import make_phases
 from egrpo_jax.training.state import abstract_state
 
 MESH = make_mesh(MeshConfig())

@@ -8,10 +8,18 @@ import pytest
 
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.parallel.mesh import EXACT
+from egrpo_jax.rl.deal import deal_states, deal_tails
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, init_state, update_policy
+from egrpo_jax.rl.update import (
+    LearnerConfig,
+    init_state,
+    policy_gradient,
+    score_batch,
+    take_batches,
+    update_policy,
+)
 
 CONFIG = FluxConfig(
     in_channels=16, num_double_blocks=1, num_single_blocks=1, num_heads=2, head_dim=16, text_dim=24, pooled_dim=20,
@@ -37,10 +45,12 @@ def sampled():
     keys = jax.random.split(jax.random.key(4), len(shapes))
     # All random: freshly made, gates and the last layer are zero, and the velocity with them.
     params = tree.unflatten([0.3 * jax.random.normal(key, s.shape) for key, s in zip(keys, shapes, strict=True)])
-    roll = jax.jit(functools.partial(roll_out, functools.partial(velocity, "none")), static_argnums=(1, 4))
     plan = make_plan(PlanConfig(num_steps=6, group_size=4))
-    keys = prompt_keys(jax.random.key(0), 0, PROMPTS)
-    return params, roll(params, plan, (TEXT, POOLED), keys, (16, CONFIG.in_channels)).transitions
+    tails, keys = deal_tails(plan, PROMPTS, 1), prompt_keys(jax.random.key(0), 0, PROMPTS)
+    roll = lambda: roll_out(
+        functools.partial(velocity, "none"), params, plan, tails, (TEXT, POOLED), keys, (16, CONFIG.in_channels)
+    )
+    return params, jax.jit(roll)().transitions
 
 
 SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections", "blocks") for batch in (1, None)]
@@ -52,10 +62,17 @@ def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, upd
     # So small a learning rate moves no float32: every update is at the parameters that sampled.
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-12))
     config = LearnerConfig(updates=updates, micro_batch=micro_batch)
-    step = functools.partial(update_policy, functools.partial(velocity, remat), optimizer, config)
+    own, conditioning = functools.partial(velocity, remat), (TEXT, POOLED)
     advantage = jax.random.normal(jax.random.key(5), transitions.log_prob.shape)
-    step = jax.jit(step, compiler_options=EXACT)
-    _, stats = step(init_state(params, optimizer, config), transitions, advantage, (TEXT, POOLED))
+    states = deal_states(*advantage.shape[:2], 1, 1 if updates == "joint" else advantage.shape[1], micro_batch)
+
+    def update(state):
+        score = lambda params, batch: score_batch(own, params, conditioning, batch)
+        gradient = lambda params, batch: policy_gradient(own, config, params, conditioning, batch)
+        batches = take_batches(transitions, advantage, states)
+        return update_policy(score, gradient, optimizer, config, state, batches)
+
+    _, stats = jax.jit(update, compiler_options=EXACT)(init_state(params, optimizer, config))
     assert stats.loss.ratio_deviation.max() <= 1e-6
     assert stats.loss.clip_high.max() == stats.loss.clip_low.max() == 0
     # The rollout's own log-densities, of another program, would not do.

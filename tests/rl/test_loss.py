@@ -19,7 +19,7 @@ class LossTest(chex.TestCase):
         # -2 * 1.2 (clipped), 2 * 1.5 (not), -2 * 0.5 (not), 2 * 0.8 (clipped)
         chex.assert_trees_all_close(loss, jnp.array((-2.4 + 3.0 - 1.0 + 1.6) / 4), rtol=1e-6)
         chex.assert_trees_all_close(stats.loss, loss)
-        chex.assert_trees_all_close(stats.ratio, 1.0, rtol=1e-6)
+        chex.assert_trees_all_close(stats.ratio_excess, 0.0, atol=1e-6)
         chex.assert_trees_all_close(stats.ratio_deviation, 0.5, rtol=1e-6)
         chex.assert_trees_all_close(stats.clip_high, 0.25)
         chex.assert_trees_all_close(stats.clip_low, 0.25)

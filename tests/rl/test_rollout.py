@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from egrpo_jax.rl.deal import deal_tails
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
 from egrpo_jax.rl.update import policy_log_prob
@@ -16,10 +17,14 @@ from tests import toy
 PARAMS = toy.params()
 
 
-def run(plan, num_prompts=3, seed=0, velocity=toy.velocity, first=0):
+def run(plan, num_prompts=3, seed=0, velocity=toy.velocity, first=0, slots=None):
+    """The rollout of one worker, its latents `[P, E, R, G, N, D]`."""
     keys = prompt_keys(jax.random.key(seed), first, num_prompts)
     text = toy.conditioning(8)["text"][first : first + num_prompts]
-    return jax.jit(lambda: roll_out(velocity, PARAMS, plan, {"text": text}, keys, toy.SHAPE))()
+    tails = deal_tails(plan, num_prompts, workers=1, slots=slots)
+    rollout = jax.jit(lambda: roll_out(velocity, PARAMS, plan, tails, {"text": text}, keys, toy.SHAPE))()
+    shape = (num_prompts, len(plan.branches), len(plan.tail_strides), plan.group_size, *toy.SHAPE)
+    return rollout._replace(latents=rollout.latents.reshape(shape))
 
 
 def test_shapes():
@@ -113,3 +118,9 @@ def test_noise_differs_between_prompts_steps_samples_and_seeds():
 def test_bit_identical_on_a_rerun():
     plan = make_plan(PlanConfig(num_steps=6, group_size=3))
     chex.assert_trees_all_equal(run(plan), run(plan))
+
+
+@pytest.mark.parametrize("slots", [1, 5, 100])
+def test_samples_do_not_depend_on_the_number_of_slots(slots):
+    plan = make_plan(PlanConfig(num_steps=6, group_size=3, tail_strides=(1, 2)))
+    chex.assert_trees_all_close(run(plan, slots=slots), run(plan), atol=1e-6)

@@ -54,6 +54,7 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
         decode=functools.partial(_decode, Vae(vae_config, jnp.dtype(options.decode_dtype)), options, grid),
         latents_shape=(grid[0] * grid[1], config.in_channels),
         rules=FLUX_RULES,
+        dtype=jnp.dtype(options.dtype),
         trainable=f"^{COLLECTION}/" if options.lora else "^flow/",
         forward_flops=forward_flops(config, grid[0] * grid[1], options.text_tokens),
         sampling_shift=published_shift(folder / "scheduler", grid[0] * grid[1]),

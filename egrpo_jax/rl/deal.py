@@ -1,0 +1,166 @@
+"""Who does what: the work of an iteration, dealt to equal workers before anything is compiled.
+
+A worker is a device, or a team of devices that splits each product. P prompts are dealt to D workers first. If there
+are more workers than divide the prompts, gcd(P, D) teams each take some prompts whole, and the members of a team share
+their samples; only the anchors' walks, and what follows from them without the model, are repeated within a team.
+
+All tables are NumPy arrays whose axes of workers are merged into the first one that a worker has more of, so that they
+are cut as samples are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from egrpo_jax.flow.solver import tail_steps
+from egrpo_jax.rl.plan import Plan
+
+
+class Tails(NamedTuple):
+    """The tails of D workers, M each, and the order in which S slots of each walk them in L passes of the model.
+
+    Attributes:
+      start: `[D M]`; the sample that a tail starts from, of the worker's own P' E G.
+      carried: `[L, D S]`; which of the worker's tails a slot carries at each pass; M if none.
+      time, next_time: `[L, D S]`; from where to where; equal if the slot carries none.
+      sample: `[D M]`; the place of its end in `[P, E, R, G]`; -1 for one that only fills up.
+    """
+
+    start: np.ndarray
+    carried: np.ndarray
+    time: np.ndarray
+    next_time: np.ndarray
+    sample: np.ndarray
+
+    @property
+    def busy(self) -> float:
+        """The share of slots that carry a tail, over all passes."""
+        return float((self.time != self.next_time).mean())
+
+
+class States(NamedTuple):
+    """The trained states of D workers in U updates of M micro-batches of B each: `[U, D M, B]`.
+
+    Attributes:
+      prompt: of the worker's own P'.
+      active: the active step, of E.
+      weight: sums to 1 over an update; 0 for a state that only fills up.
+    """
+
+    prompt: np.ndarray
+    active: np.ndarray
+    weight: np.ndarray
+
+
+def deal_prompts(num_prompts: int, workers: int) -> np.ndarray:
+    """The prompts of each worker, `[D, P']`."""
+    teams, members, each = _teams(num_prompts, workers)
+    return np.repeat(np.arange(num_prompts).reshape(teams, each), members, axis=0)
+
+
+def first_rows(num_prompts: int, workers: int) -> np.ndarray:
+    """Where, in `deal_prompts` made flat, each prompt comes first: `[P]`."""
+    return np.unique(deal_prompts(num_prompts, workers), return_index=True)[1]
+
+
+def default_slots(plan: Plan, num_prompts: int, workers: int) -> int:
+    """As many slots of a worker as carry a group of each of its prompts."""
+    _, members, each = _teams(num_prompts, workers)
+    return math.ceil(each * plan.group_size / members)
+
+
+def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = None) -> Tails:
+    """The tails of `plan` on `slots` slots of each worker, by default `default_slots`: the longest first."""
+    teams, members, each = _teams(num_prompts, workers)
+    slots = slots or default_slots(plan, num_prompts, workers)
+    shape = (each, len(plan.branches), len(plan.tail_strides), plan.group_size)
+    queues = _queues(_lengths(plan, shape), members * slots)
+    # Every so-manieth slot is a member's: tails of one length then come to all members alike.
+    own = [queues[member::members] for member in range(members)]
+    shares = [sorted(itertools.chain(*slots_of_one)) for slots_of_one in own]
+    most = max(map(len, shares))
+    passes = max(sum(len(_path(plan, shape, tail)) for tail in queue) for queue in queues)
+    tables = [_walk(plan, shape, *pair, most, passes) for pair in zip(own, shares, strict=True)]
+    filled = np.array([share + share[-1:] * (most - len(share)) for share in shares])
+    prompt, active, _, sample = np.unravel_index(filled, shape)
+    start = np.ravel_multi_index((prompt, active, sample), (each, len(plan.branches), plan.group_size))
+    is_own = np.arange(most) < np.array([[len(share)] for share in shares])
+    ends = filled + math.prod(shape) * np.arange(teams)[:, None, None]
+    carried, time, next_time = (
+        np.tile(np.concatenate(columns, axis=1), (1, teams)) for columns in zip(*tables, strict=True)
+    )
+    return Tails(np.tile(start.ravel(), teams), carried, time, next_time, np.where(is_own, ends, -1).ravel())
+
+
+def deal_states(
+    num_prompts: int, num_active: int, workers: int, updates: int = 1, micro_batch: int | None = None
+) -> States:
+    """The trained states of all P prompts and E active steps in `updates` equal parts, step after step.
+
+    A worker's states of an update come in micro-batches of `micro_batch`, by default all at once; states of weight 0
+    fill up what is not whole.
+    """
+    teams, members, each = _teams(num_prompts, workers)
+    states = np.stack(np.meshgrid(np.arange(num_active), np.arange(each), indexing="ij"), -1).reshape(updates, -1, 2)
+    on_each = math.ceil(states.shape[1] / members)
+    batch = min(micro_batch or on_each, on_each)
+    padded = math.ceil(on_each / batch) * batch * members
+    missing = padded - states.shape[1]
+    filled = np.pad(states, ((0, 0), (0, missing), (0, 0)), mode="edge")
+    weight = np.where(np.arange(padded) < states.shape[1], 1 / (teams * states.shape[1]), 0.0).astype(np.float32)
+
+    def cut(table: np.ndarray) -> np.ndarray:
+        # State i is the member i % members': those that fill up come to all members alike.
+        of_team = np.broadcast_to(table, (updates, padded)).reshape(updates, -1, members).swapaxes(1, 2)
+        return np.tile(of_team.reshape(updates, -1, batch), (1, teams, 1))
+
+    return States(cut(filled[..., 1]), cut(filled[..., 0]), cut(weight))
+
+
+def _teams(num_prompts: int, workers: int) -> tuple[int, int, int]:
+    """The number of teams, of members of each, and of prompts of each."""
+    teams = math.gcd(num_prompts, workers)
+    return teams, workers // teams, num_prompts // teams
+
+
+def _path(plan: Plan, shape: tuple[int, ...], tail: int) -> list[tuple[float, float]]:
+    """The steps of a tail, of `shape` (P', E, R, G) made flat: from one time to the next."""
+    _, active, which, _ = np.unravel_index(tail, shape)
+    stops = [*range(plan.branches[active].stop, plan.num_steps, plan.tail_strides[which]), plan.num_steps]
+    return [(plan.times[a], plan.times[b]) for a, b in itertools.pairwise(stops)]
+
+
+def _lengths(plan: Plan, shape: tuple[int, ...]) -> np.ndarray:
+    """The number of steps of every tail, of `shape` (P', E, R, G) made flat."""
+    steps = [[tail_steps(plan.num_steps, b.stop, stride) for stride in plan.tail_strides] for b in plan.branches]
+    return np.broadcast_to(np.array(steps)[:, :, None], shape).ravel()
+
+
+def _queues(lengths: np.ndarray, slots: int) -> list[list[int]]:
+    """The tails of each slot: the longest that is left goes to the slot with the least to do, then with the fewest."""
+    queues: list[list[int]] = [[] for _ in range(slots)]
+    loads = [(0, 0, slot) for slot in range(slots)]
+    for tail in np.argsort(-lengths, kind="stable"):
+        load, count, slot = loads[0]
+        queues[slot].append(int(tail))
+        heapq.heapreplace(loads, (load + int(lengths[tail]), count + 1, slot))
+    return queues
+
+
+def _walk(
+    plan: Plan, shape: tuple[int, ...], queues: list[list[int]], share: list[int], most: int, passes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`carried`, `time` and `next_time`, `[L, S]`, of one worker, whose tails are `share`."""
+    carried = np.full((passes, len(queues)), most, np.int32)
+    times = np.zeros((2, passes, len(queues)), np.float32)
+    for slot, queue in enumerate(queues):
+        steps = [(share.index(tail), *step) for tail in queue for step in _path(plan, shape, tail)]
+        if steps:
+            rows, time, next_time = zip(*steps, strict=True)
+            carried[: len(steps), slot], times[:, : len(steps), slot] = rows, (time, next_time)
+    return carried, times[0], times[1]
