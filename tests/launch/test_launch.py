@@ -161,22 +161,13 @@ def test_the_commit_is_copied(cloud):
         assert "egrpo_jax/train.py" in archive.getnames()
 
 
-def test_the_training_is_found_by_stop(tmp_path):
-    """What runs on a host is one process, whose command line is the one that is looked for."""
-    cloud = Cloud(tmp_path, "gcloud")
+def test_stop_finds_the_training_and_no_shell(cloud):
     cloud.launch(TPU.format("stop"))
-    pattern = cloud.calls()[0][-2].split("'")[1]
-    (tmp_path / "egrpo_jax/.venv/bin").mkdir(parents=True)
-    (tmp_path / "egrpo_jax/.venv/bin/python").symlink_to("/bin/cat")
     cloud.launch(TPU.format("run"))
-    on_host = cloud.calls()[0][-2].removeprefix("--command=").split(" -m ")[0]
-    host = subprocess.Popen(
-        ["bash", "-c", f"{on_host} -m egrpo_jax.train"], cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert host.wait(10) == 1  # `cat` knows no -m: the shell is gone, and its code is the program's
-    line = shlex.join([*on_host.split()[-1:], "-m", "egrpo_jax.train"])
-    assert subprocess.run(["grep", "--quiet", pattern], input=line, text=True, check=False).returncode == 0
-    assert subprocess.run(["grep", "--quiet", pattern], input=f"bash -c {line}", text=True, check=False).returncode == 1
+    stop, run = (call[-2].removeprefix("--command=") for call in cloud.calls())
+    found = lambda line: subprocess.run(["grep", "-q", stop.split("'")[1]], input=line, text=True, check=False)
+    assert found(run.split(" && exec ")[1]).returncode == 0
+    assert found(f"bash -c {run}").returncode == 1
 
 
 # train: until the end
@@ -203,7 +194,9 @@ def test_the_dry_run_of_train_is_one_round_of_it(cloud):
     assert all(call in called for call in printed)
 
 
-@pytest.mark.parametrize(("queued", "ready", "gone"), [("", "READY", "PREEMPTED"), (" --queued", "ACTIVE", "SUSPENDED")])
+@pytest.mark.parametrize(
+    ("queued", "ready", "gone"), [("", "READY", "PREEMPTED"), (" --queued", "ACTIVE", "SUSPENDED")]
+)
 def test_train_goes_on_after_a_preemption(cloud, queued, ready, gone):
     states = [ready, gone, gone, "DELETING", "NOT_FOUND", "CREATING", ready]
     cloud.answer(
@@ -295,9 +288,13 @@ def test_a_mistake_fails_the_jobset_at_once(cloud):
 def slurm(tmp_path):
     """`srun` runs its command here, `scancel` signals it."""
     cloud = Cloud(tmp_path, "scontrol")
-    (tmp_path / "srun").write_text(f'#!/bin/sh\nshift\necho $$ >{tmp_path}/pid\nexec "$@"\n')
-    (tmp_path / "scancel").write_text(f'#!/bin/sh\n[ "$1 $2" = "--signal=TERM 7" ] && kill -TERM $(cat {tmp_path}/pid)\n')
-    for name in ("srun", "scancel"):
+    pid = tmp_path / "pid"
+    scripts = {
+        "srun": f'shift; echo $$ >{pid}; exec "$@"',
+        "scancel": f'[ "$1 $2" = "--signal=TERM 7" ] && kill -TERM $(cat {pid})',
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     cloud.environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2"}
     return cloud
