@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 
@@ -42,6 +43,14 @@ def commands():
         spans = re.sub(r"`(python -m [^`\n]+)\n([^`\n]+)`", r"`\1 \2`", lines)  # a line may end within one
         for command in re.findall(r"python -m egrpo_jax\.(\w+ +--[^`\n]*)", spans):
             yield re.split(r" {2,}[(#]", command)[0].strip()
+
+
+def launches():
+    """Every command of the documents that calls a script of launch/ with arguments."""
+    for text in DOCUMENTS.values():
+        lines = re.sub(r"\\\n *", "", text)
+        for command in re.findall(r"^(?:.*`)?(launch/\w+\.sh (?:\w+ )?--[^`\n]*)", lines, re.M):
+            yield command.strip()
 
 
 def flags_of(program):
@@ -87,6 +96,13 @@ def test_commands_have_flags_configs_and_keys_that_there_are(command, monkeypatc
     config = values["config"].value
     if config is not None:
         from_config_dict(JOBS[config.kind].job if program == "pretrain" else TrainConfig, config)
+
+
+@pytest.mark.parametrize("command", sorted(set(launches())))
+def test_launch_commands_have_flags_and_configs_that_there_are(command):
+    words = [*shlex.split(command, comments=True), "--dry_run"]
+    done = subprocess.run(words, cwd=programs.ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_config_keys_are_called_by_their_names():
