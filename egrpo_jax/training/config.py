@@ -26,12 +26,12 @@ class RewardsConfig:
     own.
 
     Attributes:
-      train: rewards that are trained on.
+      train: the training rewards, which the policy is to raise.
       weights: one weight for each of them; below 0 trains against it.
       combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
         weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
       clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
-      heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
+      heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
         was for is left out of the update, and counted; "fail": the run saves and stops.
     """
