@@ -56,7 +56,7 @@ def evaluate(
 
 
 def even_indices(num_prompts: int, most: int) -> np.ndarray:
-    """Places of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
+    """Indices of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
     return np.unique(np.linspace(0, num_prompts - 1, min(most, num_prompts)).round().astype(int))
 
 
