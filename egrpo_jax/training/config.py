@@ -78,6 +78,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_prompts(self.prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +132,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_prompts(self.prompts)
         if any(part in ("", ".", "..") for part in self.name.split("/")):
             raise ConfigError("name", self.name, "the name of a folder within runs/")
         rollout = self.prompts_per_rollout
         if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
             raise ConfigError("prompts_per_rollout", rollout, expected)
+
+
+def _check_prompts(source: str) -> None:
+    """Raises ConfigError for an empty name, which would stand for the folder that the program runs in."""
+    if not source:
+        raise ConfigError("prompts", source, "a built-in set or a file")
 
 
 def train_config(config: TrainConfig) -> ml_collections.ConfigDict:
