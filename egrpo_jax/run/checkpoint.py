@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,10 +162,9 @@ class Checkpoints:
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
         for iteration, error in failures.items():
+            found = f"warning: checkpoint {iteration} is damaged ({first_line(error)})"
             if self._read_only:
-                logging.warning(
-                    "checkpoint %d is damaged (%s); iteration %d is read", iteration, first_line(error), restored
-                )
+                print(f"{found}; iteration {restored} is read", file=sys.stderr)
                 continue
             number = sum(1 for _ in self.directory.glob(f"damaged-{iteration}-*"))
             aside = self.directory / f"damaged-{iteration}-{number}"
@@ -172,10 +172,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 (self.directory / str(iteration)).rename(aside)
             self.damaged.append(aside)
-            logging.warning(
-                "checkpoint %d is damaged (%s); moved to %s, continuing from iteration %d",
-                iteration, first_line(error), aside, restored,
-            )  # fmt: skip
+            print(f"{found}; moved to {aside}, continuing from iteration {restored}", file=sys.stderr)
         if self.damaged:
             multihost_utils.sync_global_devices("damaged")
             self._manager.reload()
