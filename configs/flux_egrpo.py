@@ -7,12 +7,12 @@ What the paper does not state is the reference code's: 720x720 pixels, 12 sample
 a file of your own, by default `hpd_train.txt`; `python -m egrpo_jax.encode` makes their embeddings once, so that no
 text encoder is loaded: --config.model.flux.embeddings=FOLDER.
 
-Hardware: 8 accelerators of 80 GB. Memory, computed: weights, gradients and two moments in float32 are 190 GB, 24 GB
-on each of 8; four scorers in float32, 13.6 GB on each, working copies in bfloat16 and activations come on top.
+Hardware: 4 TPU v5p, 8 TPU v6e, or 8 GPUs of 80 GB. Memory on each of D: weights and two moments in float32 are 143 GB
+/ D; an update needs gradients, 48 GB / D, the working copy in bfloat16, 24 GB / D, and about 3 GB of activations beside
+them; four scorers in float32, 13.6 GB / D, stay. `python -m egrpo_jax.plan` compiles it for a slice: docs/scaling.md.
 Work, computed: a prompt is 1012 forward passes in the rollout and 8 forward and backward passes of 37.3 TFLOP, 38.6
 PFLOP in all, of which the update is 2 %: 8 prompts at 40 % of 8 x 989 TFLOP/s take about 100 s an iteration, and 300
-iterations 8 hours. Neither has been measured.
-The mesh axis `fsdp` shards the weights; how evenly XLA shares the work along it has not been measured either.
+iterations 8 hours. No time has been measured.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ FLUX = TrainConfig(
     num_iterations=300,
     prompts="hpd_train.txt",
     prompts_per_iteration=8,
-    prompts_per_rollout=1,  # bounds memory: one prompt's samples at once; remote rewards score them during the next
+    tails_per_device=12,
     model=ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", flux=FluxOptions()),
     learner=LearnerConfig(micro_batch=1),
     evaluation=EvaluationConfig(prompts="hpd_test.txt", every=50, batch=8),

@@ -10,6 +10,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -73,7 +74,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tree of parameters lies, as seen inside shard_map, which is manual over `SAMPLES`.
+    """The split of a tree of parameters over `fsdp`, as seen inside shard_map, which is manual over `SAMPLES`.
 
     Attributes:
       specs: like the tree; where each leaf is split over `fsdp`.
@@ -113,11 +114,11 @@ class Layout:
 
 def _split_over_fsdp(leaf: Any) -> PartitionSpec:
     """Where a leaf is split over `fsdp`: one entry for each of its axes."""
-    where = leaf.sharding
+    where = getattr(leaf, "sharding", None)  # which NumPy's arrays have not
     if not isinstance(where, NamedSharding) or where.mesh.shape.get(FSDP, 1) == 1:
-        return PartitionSpec(*(None,) * leaf.ndim)
+        return PartitionSpec(*(None,) * np.ndim(leaf))
     axes = [FSDP if axis == FSDP else None for axis in where.spec]
-    return PartitionSpec(*axes, *(None,) * (leaf.ndim - len(axes)))
+    return PartitionSpec(*axes, *(None,) * (np.ndim(leaf) - len(axes)))
 
 
 def _axis(spec: PartitionSpec) -> int | None:

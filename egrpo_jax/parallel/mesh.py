@@ -94,14 +94,16 @@ EXACT = {"xla_allow_excess_precision": False}
 happen to be fused, and two passes over the same states differ by more than the clip range of the policy ratio."""
 
 
-def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`shard_map(function)`, manual over `SAMPLES`, under the mesh set by `jax.set_mesh`."""
-    mesh = jax.sharding.get_abstract_mesh()
+def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """`shard_map(function)`, manual over `SAMPLES`, on `mesh`, by default that which `jax.set_mesh` has set."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     # Where nothing is split over `tensor`, XLA has nothing left to partition, which is half of compiling.
-    manual = {*SAMPLES} if mesh.shape[TENSOR] > 1 else {*SAMPLES, TENSOR}
+    manual = {*SAMPLES} if shape[TENSOR] > 1 else {*SAMPLES, TENSOR}
     # check_vma would sum the gradients of replicated parameters over devices in every micro-batch; `fsdp.Layout` does
     # so once, after accumulation.
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False
+    )
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -9,10 +9,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import over_samples, sample_devices, spread
+from egrpo_jax.parallel.rules import Rules
+
+SCORER_RULES: Rules = ((r"/kernel$", PartitionSpec("fsdp", None)),)
+"""Of every scorer's networks: matrices, which are nearly all of one, lie split as the flow model's do."""
 
 Network = Callable[..., Any]
 """`(params, *inputs) -> outputs`, pure; inputs and outputs are pytrees of arrays with leading axis B, and a row of the
@@ -33,8 +37,7 @@ class Batched:
             outputs = jax.lax.map(lambda part: network(layout.boxed(params), *part), parts)
             return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), outputs)
 
-        with jax.set_mesh(mesh):
-            self._run = jax.jit(spread(one_after_another, (layout.specs, over_samples()), over_samples()))
+        self._run = jax.jit(spread(one_after_another, (layout.specs, over_samples()), over_samples(), mesh))
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of all B rows of `inputs`."""

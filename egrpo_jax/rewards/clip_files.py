@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.rules import with_shardings
+from egrpo_jax.rewards.batched import SCORER_RULES
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import NUMBER, POSITIVE, Key, Published, list_of, one_of, read_config, read_object
@@ -141,7 +142,7 @@ def _load(
     tokenize: Tokenize,
 ) -> LoadedClip:
     model = Clip(config, jnp.dtype(dtype), jnp.dtype(dtype))
-    params = load_params(files, layout(config), with_shardings(mesh, (), clip_shapes(model)), clip.IGNORED)
+    params = load_params(files, layout(config), with_shardings(mesh, SCORER_RULES, clip_shapes(model)), clip.IGNORED)
     return LoadedClip(model, params, preprocess, tokenize)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from egrpo_jax.models.blip import Blip, BlipConfig
 from egrpo_jax.parallel.rules import with_shardings
-from egrpo_jax.rewards.batched import Batched
+from egrpo_jax.rewards.batched import SCORER_RULES, Batched
 from egrpo_jax.rewards.config import ScorersConfig
 from egrpo_jax.rewards.preprocess import Preprocess
 from egrpo_jax.text.wordpiece import Tokens, load_wordpiece
@@ -68,8 +68,8 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _abstract(model: Blip, mesh: Mesh) -> dict[str, Any]:
-    """The parameter tree as shapes, each device holding all of it."""
+    """The parameter tree as shapes, with their shardings."""
     size = model.config.image_size
     inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return with_shardings(mesh, (), shapes)
+    return with_shardings(mesh, SCORER_RULES, shapes)

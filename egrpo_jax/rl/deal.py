@@ -1,4 +1,4 @@
-"""Who does what: the work of an iteration, dealt to equal workers before anything is compiled.
+"""The work of an iteration, dealt to equal workers before anything is compiled.
 
 A worker is a device, or a team of devices that splits each product. P prompts are dealt to D workers first. If there
 are more workers than divide the prompts, gcd(P, D) teams each take some prompts whole, and the members of a team share

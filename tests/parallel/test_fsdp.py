@@ -1,30 +1,14 @@
 """Split parameters inside shard_map: gathered when a layer reads them, their gradients scattered and summed."""
 
-import chex
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from jax.sharding import AxisType, PartitionSpec
+import os
+import subprocess
+import sys
 
-from egrpo_jax.models.layers import Linear, scan_blocks
-from egrpo_jax.parallel.fsdp import Layout
-from egrpo_jax.parallel.mesh import REPLICATED, SAMPLES, over_samples, spread
-from egrpo_jax.parallel.rules import with_shardings
-from tests.parallel import on_devices
-
-RULES = ((r"/kernel$", PartitionSpec("fsdp", None)),)
+from tests.programs import ROOT
 
 
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return jnp.tanh(nn.RMSNorm(name="norm")(Linear(8, name="linear")(x))), None
-
-
-class Stack(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x, _ = scan_blocks(Block, 3, remat="blocks")(name="blocks")(Linear(8, name="first")(x))
-        return x
+def test_a_stack_whose_weights_are_split_computes_the_same():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-m", "tests.parallel.on_a_mesh"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -53,9 +53,9 @@ run = Batched(lambda params, images: images.mean((1, 2)) * params, np.float32(2)
 images = np.random.default_rng(0).normal(size=(13, 3, 2)).astype(np.float32)
 with jax.set_mesh(mesh):  # as in training
     np.testing.assert_allclose(run(images), 2 * images.mean((1, 2)), rtol=1e-6)
-    spread = jax.device_put(images[:8], jax.NamedSharding(mesh, jax.P("data")))
+    spread = jax.device_put(images[:8], jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
     outputs = run(spread)
-    assert outputs.sharding.spec[0] == "data"
+    assert outputs.sharding.spec[0] == ("data", "fsdp")
 np.testing.assert_allclose(outputs, 2 * images[:8].mean((1, 2)), rtol=1e-6)
 np.testing.assert_allclose(run(images), 2 * images.mean((1, 2)), rtol=1e-6)
 """
