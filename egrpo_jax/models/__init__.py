@@ -1,6 +1,6 @@
 """Models as pure Flax Linen modules, each with a config of its sizes, and low-rank adapters for them."""
 
-from egrpo_jax.models.attention import apply_rope, attention, rope_table
+from egrpo_jax.models.attention import Backend, apply_rope, attention, rope_table
 from egrpo_jax.models.blip import Blip, BlipConfig
 from egrpo_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig, TransformerConfig
 from egrpo_jax.models.flux import Flux, FluxConfig
@@ -13,6 +13,7 @@ from egrpo_jax.models.towers import Tower, TowerConfig
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
 
 __all__ = [
+    "Backend",
     "Blip",
     "BlipConfig",
     "Clip",

@@ -14,9 +14,8 @@ import chex
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from egrpo_jax.models.attention import apply_rope, attention, rope_table
+from egrpo_jax.models.attention import Backend, apply_rope, attention, rope_table
 from egrpo_jax.models.layers import (
     QKV,
     TIME_FEATURES,
@@ -86,10 +85,11 @@ def _rotate_and_attend(
     key: chex.Array,
     value: chex.Array,
     rope: tuple[chex.Array, chex.Array],
+    backend: Backend,
 ) -> chex.Array:
     """Attention of heads `[B, N, H, head_dim]` at their positions, heads joined: `[B, N, D]`."""
-    mixed = attention(apply_rope(query, *rope), apply_rope(key, *rope), value)
-    return checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), "attention")
+    mixed = attention(apply_rope(query, *rope), apply_rope(key, *rope), value, backend=backend)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 class DoubleBlock(nn.Module):
@@ -98,6 +98,7 @@ class DoubleBlock(nn.Module):
     config: FluxConfig
     dtype: Dtype
     param_dtype: Dtype
+    attention: Backend = "auto"
 
     @nn.compact
     def __call__(
@@ -115,7 +116,7 @@ class DoubleBlock(nn.Module):
         image_qkv = QKV(*heads, name="image_qkv", **common)(modulate(image, image_mod[0], image_mod[1]))
         text_qkv = QKV(*heads, name="text_qkv", **common)(modulate(text, text_mod[0], text_mod[1]))
         query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        mixed = _rotate_and_attend(query, key, value, rope)
+        mixed = _rotate_and_attend(query, key, value, rope, self.attention)
         text_mixed, image_mixed = jnp.split(mixed, [text.shape[1]], axis=1)
 
         image = image + image_mod[2] * Linear(width, name="image_out", **common)(image_mixed)
@@ -133,6 +134,7 @@ class SingleBlock(nn.Module):
     config: FluxConfig
     dtype: Dtype
     param_dtype: Dtype
+    attention: Backend = "auto"
 
     @nn.compact
     def __call__(
@@ -143,7 +145,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = Modulation(3, width, name="modulation", **common)(vector)
         hidden = modulate(x, shift, scale)
         query, key, value = QKV(config.num_heads, config.head_dim, name="qkv", **common)(hidden)
-        mixed = _rotate_and_attend(query, key, value, rope)
+        mixed = _rotate_and_attend(query, key, value, rope, self.attention)
         mlp = gelu(Linear(config.mlp_ratio * width, name="mlp", **common)(hidden))
         joined = jnp.concatenate([mixed, mlp], axis=-1)
         return x + gate * Linear(width, name="out", **common)(joined), None
@@ -159,6 +161,7 @@ class Flux(nn.Module):
       unroll: blocks in one trip of the scan; more compile longer, and run faster where a model is small.
       remat: what the backward pass computes again: `none` keeps every intermediate array; `projections` keeps the
         outputs of linear layers and of attention; `blocks` keeps the inputs of blocks alone.
+      attention: what computes attention.
     """
 
     config: FluxConfig
@@ -166,6 +169,7 @@ class Flux(nn.Module):
     param_dtype: Dtype = jnp.float32
     unroll: int = 1
     remat: Remat = "none"
+    attention: Backend = "auto"
 
     @nn.compact
     def __call__(
@@ -205,11 +209,12 @@ class Flux(nn.Module):
         image_stream = Linear(config.width, name="image_in", **common)(latents)
         text_stream = Linear(config.width, name="text_in", **common)(text)
 
+        blocks = {"attention": self.attention, **common}
         double_blocks = scan_blocks(DoubleBlock, config.num_double_blocks, self.remat, self.unroll)
-        streams, _ = double_blocks(config, name="double_blocks", **common)((image_stream, text_stream), vector, rope)
+        streams, _ = double_blocks(config, name="double_blocks", **blocks)((image_stream, text_stream), vector, rope)
         joint = jnp.concatenate(streams[::-1], axis=1)  # text first
         single_blocks = scan_blocks(SingleBlock, config.num_single_blocks, self.remat, self.unroll)
-        joint, _ = single_blocks(config, name="single_blocks", **common)(joint, vector, rope)
+        joint, _ = single_blocks(config, name="single_blocks", **blocks)(joint, vector, rope)
 
         shift, scale = Modulation(2, config.width, name="final_modulation", **common)(vector)
         final = modulate(joint[:, text.shape[1] :], shift, scale)

@@ -1,7 +1,6 @@
 """The transformer: its published size, its building blocks against formulas, its symmetries."""
 
 import functools
-import types
 
 import chex
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.models.attention import apply_rope, attention, rope_table
+from egrpo_jax.models.attention import apply_rope, rope_table
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
 from tests.oracle import flux as oracle
 
@@ -175,49 +174,3 @@ def test_rope_makes_attention_depend_on_distance_alone():
         rotated = apply_rope(jnp.concatenate([q, k], 1), cos, sin)
         scores.append(float((rotated[0, 0, 0] * rotated[0, 1, 0]).sum()))
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4)
-
-
-def test_attention_against_its_formula():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
-    mask = jnp.array([True, True, True, False, True])[None, None, None]
-    logits = np.einsum("bnhd,bmhd->bhnm", q, k).astype(np.float64) / 2
-    weights = np.exp(np.where(mask, logits, -np.inf))
-    expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
-    chex.assert_trees_all_close(attention(q, k, v, mask), expected.astype(np.float32), atol=1e-5)
-
-
-def test_attention_where_everything_is_masked_is_the_mean():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
-    mixed = attention(q, k, v, jnp.zeros((1, 1, 1, 4), bool))
-    chex.assert_trees_all_close(mixed, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
-
-
-def test_attention_gradients_are_those_of_the_usual_order_of_operations():
-    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 7, 2, 8))
-    ours, reference = (jax.vjp(f, 5 * q, k, v)[1](cotangent) for f in (attention, jax.nn.dot_product_attention))
-    chex.assert_trees_all_close(ours, reference, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "capability", "dtype", "dim", "masked", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", "9.0", jnp.bfloat16, 128, False, "cudnn"),
-        ("NVIDIA H100 80GB HBM3", "9.0", jnp.float32, 128, False, "xla"),
-        ("NVIDIA H100 80GB HBM3", "9.0", jnp.bfloat16, 20, False, "xla"),
-        ("NVIDIA H100 80GB HBM3", "9.0", jnp.bfloat16, 256, False, "xla"),
-        ("NVIDIA H100 80GB HBM3", "9.0", jnp.bfloat16, 128, True, "xla"),
-        ("NVIDIA GeForce RTX 2080", "7.5", jnp.bfloat16, 128, False, "xla"),
-        ("AMD Instinct MI300X", "gfx942", jnp.bfloat16, 128, False, "xla"),
-        ("TPU v5p", None, jnp.bfloat16, 128, False, "xla"),
-    ],
-)
-def test_choice_of_implementation(monkeypatch, kind, capability, dtype, dim, masked, expected):
-    called = []
-    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *heads, implementation, **_: called.append(implementation) or heads[2]
-    )
-    heads = jax.ShapeDtypeStruct((1, 4, 2, dim), dtype)
-    jax.eval_shape(lambda q, k, v: attention(q, k, v, jnp.ones((4, 4), bool) if masked else None), *[heads] * 3)
-    assert called == (["cudnn"] if expected == "cudnn" else [])

@@ -207,6 +207,12 @@ def test_things_that_are_not_there(base):
         load("nowhere")
     with pytest.raises(UserError, match=r"settings\.json: .*expected a folder of embeddings"):
         load(base, embeddings="nowhere")
+    for backend, device in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
+        message = (
+            rf"config\.model\.flux\.attention: found '{backend}', expected 'auto' or 'xla', or for '{backend}' {device}"
+        )
+        with pytest.raises(ConfigError, match=message):
+            load(base, attention=backend)
     with pytest.raises(ConfigError, match=r"config\.model\.path: found None"):
         load_pipeline(ModelConfig("flux"))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range, check
+from egrpo_jax.models.attention import Backend
 from egrpo_jax.models.layers import Remat
 from egrpo_jax.models.lora import LoraConfig
 
@@ -59,6 +60,8 @@ class FluxOptions:
       decode_batch: images decoded at once on a device.
       decode_tile: decode in overlapping tiles of so many rows and columns of latents, for large images.
       remat: what the backward pass computes again instead of keeping it.
+      attention: what computes the transformer's attention; `auto` is the fused kernel of the GPU or TPU where it fits,
+        and `xla` elsewhere.
       truncate_time: cut the model's time input to thousandths, as the PyTorch trainers do.
     """
 
@@ -76,6 +79,7 @@ class FluxOptions:
     decode_batch: Count = 4
     decode_tile: Annotated[int, Range(4, 4096, multiple_of=4)] | None = None
     remat: Remat = "blocks"
+    attention: Backend = "auto"
     truncate_time: bool = False
 
     def __post_init__(self) -> None:

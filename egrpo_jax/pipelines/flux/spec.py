@@ -6,10 +6,12 @@ import functools
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.data.embeddings import EmbeddingStore
+from egrpo_jax.models.attention import NEEDS, takes
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
@@ -43,11 +45,11 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
     check_parts(folder, config, options.text_tokens if options.embeddings is None else None)
     vae_config = read_decoder_config(folder / "vae")
     grid = token_grid(options, vae_config)
+    _check_attention(options, config, grid)
     store = None if options.embeddings is None else _open_store(options, config)
+    model = Flux(config, jnp.dtype(options.dtype), remat=options.remat, attention=options.attention)
     return Pipeline(
-        velocity=functools.partial(
-            _velocity, Flux(config, jnp.dtype(options.dtype), remat=options.remat), options, grid
-        ),
+        velocity=functools.partial(_velocity, model, options, grid),
         abstract_params=abstract_params(options, config, vae_config),
         read=functools.partial(read_params, folder, options, config, vae_config),
         encode=FluxTextEncoder(folder, options.text_tokens, options.dtype) if store is None else _stored(store),
@@ -71,6 +73,15 @@ def _about(options: FluxOptions, config: FluxConfig) -> dict[str, Any]:
 def token_grid(options: FluxOptions, vae: VaeConfig) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     return options.height // (2 * vae.stride), options.width // (2 * vae.stride)
+
+
+def _check_attention(options: FluxOptions, config: FluxConfig, grid: tuple[int, int]) -> None:
+    """Raises ConfigError for a kernel that does not run on the devices here."""
+    tokens = options.text_tokens + grid[0] * grid[1]
+    query = jax.ShapeDtypeStruct((1, tokens, config.num_heads, config.head_dim), jnp.dtype(options.dtype))
+    if not takes(options.attention, query):
+        needs = f"'auto' or 'xla', or for {options.attention!r} {NEEDS[options.attention]}"
+        raise ConfigError("attention", options.attention, needs)
 
 
 def _velocity(
