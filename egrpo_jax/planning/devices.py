@@ -43,8 +43,9 @@ def slice_devices(topology: str) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology: found {topology!r}, expected a slice, as {_EXAMPLES} ({_cause(error)})") from None
     except RuntimeError as error:
-        wanted = "expected the TPU compiler: pip install 'egrpo_jax[tpu]'"
-        raise UserError(f"--topology: {first_line(error)}; {wanted}") from None
+        if "not installed" not in str(error):
+            raise
+        raise UserError("--topology: found no compiler for TPUs, expected pip install 'egrpo_jax[tpu]'") from None
     return list(described.devices)
 
 
