@@ -93,7 +93,7 @@ class PhaseCost:
 
     @property
     def fits(self) -> bool:
-        """Whether the phase compiles and there is room for all that stays beside it."""
+        """True if the phase compiles and there is room for all that stays beside it."""
         return self.compiled.memory is not None and (self.capacity is None or self.needed <= self.capacity)
 
     @property

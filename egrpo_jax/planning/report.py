@@ -111,7 +111,7 @@ def _operations(costs: Sequence[PhaseCost]) -> list[str]:
 
 
 def verdict(job: Job, costs: Sequence[PhaseCost]) -> str:
-    """Whether it fits, and what takes most where it does not."""
+    """A line for each phase, with its largest part, and what is not counted."""
     lines = []
     for cost in costs:
         name, size = cost.largest
