@@ -41,6 +41,7 @@ class Pipeline:
       encoder_params: parameters, as `abstract_params`, that stay in memory once `encode` has been called; laid out by
         `rules` as well.
       forward_flops: floating-point operations of one sample's velocity, where known.
+      decode_flops: those of decoding it, where known.
       training_flops: those of its forward and backward pass, with what is computed again, where known.
       sampling_shift: shift of the time grid on which the published model samples, where it has one of its own.
       known_prompts: all that `encode` takes; None if it takes any.
@@ -59,6 +60,7 @@ class Pipeline:
     conditioning: Any = None
     encoder_params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     forward_flops: float | None = None
+    decode_flops: float | None = None
     training_flops: float | None = None
     sampling_shift: float | None = None
     known_prompts: Container[str] | None = None

@@ -23,45 +23,51 @@ from egrpo_jax.training.job import Job
 from egrpo_jax.training.state import abstract_state
 
 
-class Work(NamedTuple):
-    """Passes of the model and operations of an iteration, over all devices, without what devices repeat.
+class Passes(NamedTuple):
+    """Passes of the model in an iteration, over all devices, without those that devices repeat, and their operations.
 
     Attributes:
       anchor, tails: forward passes.
       training: forward and backward passes.
       scoring: forward passes for the old log-probabilities of several updates.
-      forward_flops, training_flops: operations of one of either, the latter with what remat computes again; None if
-        the pipeline does not know.
+      images: decoded.
+      forward_flops, training_flops, decode_flops: operations of one of each, see `Pipeline`; None if unknown.
     """
 
     anchor: int
     tails: int
     training: int
     scoring: int
+    images: int
     forward_flops: float | None
     training_flops: float | None
+    decode_flops: float | None
 
     def flops(self, phase: str) -> float | None:
         """Operations of all calls of a phase; None where they are not known by arithmetic."""
-        if self.forward_flops is None or self.training_flops is None or phase == "decode":
+        if phase == "decode":
+            return None if self.decode_flops is None else self.images * self.decode_flops
+        if self.forward_flops is None or self.training_flops is None:
             return None
         if phase == "rollout":
             return (self.anchor + self.tails) * self.forward_flops
         return self.training * self.training_flops + self.scoring * self.forward_flops
 
 
-def count_work(job: Job) -> Work:
-    """The work of an iteration of `job`."""
+def count_passes(job: Job) -> Passes:
+    """The passes of an iteration of `job`."""
     plan, prompts = job.plan, job.config.prompts_per_iteration
     training = prompts * plan.training_passes
     is_scored = job.config.learner.num_updates(len(plan.branches)) > 1
-    return Work(
+    return Passes(
         anchor=prompts * plan.num_steps,
         tails=prompts * (plan.rollout_passes - plan.num_steps),
         training=training,
         scoring=training * is_scored,
+        images=prompts * plan.decodes,
         forward_flops=job.pipeline.forward_flops,
         training_flops=job.pipeline.training_flops,
+        decode_flops=job.pipeline.decode_flops,
     )
 
 
@@ -118,7 +124,7 @@ def phase_cost(job: Job, mesh: Mesh, phase: str) -> PhaseCost:
     """The cost of a phase of `job`, compiled for `mesh`, which is set."""
     compiled = compile_phase(job, mesh, phase)
     calls = 1 if phase == "update" else job.config.prompts_per_iteration // rollout_prompts(job.config)
-    total = count_work(job).flops(phase)
+    total = count_passes(job).flops(phase)
     return PhaseCost(
         compiled=compiled,
         beside=kept_beside(job, mesh, phase) | _unused(compiled),

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from egrpo_jax.figures.cost import PhaseBars, Span, cost_figure
 from egrpo_jax.parallel.mesh import sample_devices
 from egrpo_jax.planning.changes import Trial
-from egrpo_jax.planning.cost import PhaseCost, count_work, uncounted_scorers
+from egrpo_jax.planning.cost import PhaseCost, count_passes, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity
 from egrpo_jax.planning.phases import rollout_prompts
 from egrpo_jax.rl.deal import deal_tails
@@ -29,13 +29,14 @@ def overview(job: Job, mesh: Mesh, mfu: float) -> str:
 
 
 def _work(job: Job) -> list[str]:
-    work = count_work(job)
-    forward, training = work.forward_flops, work.training_flops
+    count = count_passes(job)
+    forward, training = count.forward_flops, count.training_flops
     rows = [
-        ("anchors", work.anchor, "forward", forward),
-        ("tails", work.tails, "forward", forward),
-        ("update", work.training, "forward and backward", training),
-        ("old log-probabilities", work.scoring, "forward", forward),
+        ("anchors", count.anchor, "forward", forward),
+        ("tails", count.tails, "forward", forward),
+        ("decoding", count.images, "images", count.decode_flops),
+        ("old log-probabilities", count.scoring, "forward", forward),
+        ("update", count.training, "forward and backward, with what is computed again", training),
     ]
     prompts = job.config.prompts_per_iteration
     lines = [f"an iteration: {prompts} prompts, {prompts * job.plan.decodes} images", f"{'':24s}passes       PFLOP"]

@@ -13,7 +13,7 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline, sketch_pipeline
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning import changes
-from egrpo_jax.planning.cost import count_work, kept_beside, phase_cost, scorer_bytes, uncounted_scorers
+from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, scorer_bytes, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
 from egrpo_jax.planning.report import overview, trial_line, verdict
@@ -64,8 +64,8 @@ def test_every_phase_of_the_toy_run(mesh):
     assert 2 * weights <= update["moments"] <= 2 * weights + 16
     assert costs["rollout"].beside == {"moments": update["moments"], "average": weights}
     # By hand: [4, 12] x [12, 12] for latents, [3] x [3, 12] for text, which is computed once for an anchor's steps.
-    work, latents, text = count_work(job), 2 * 4 * 12 * 12, 2 * 3 * 12
-    expected = (work.anchor + work.tails) * latents + (8 + work.tails) * text
+    passes, latents, text = count_passes(job), 2 * 4 * 12 * 12, 2 * 3 * 12
+    expected = (passes.anchor + passes.tails) * latents + (8 + passes.tails) * text
     assert costs["rollout"].compiled.work.flops == expected
     assert all(cost.fits for cost in costs.values())
     assert "unknown" not in verdict(job, list(costs.values()))
@@ -93,8 +93,8 @@ def test_one_more_pass_before_several_updates(mesh):
     job = sketch_job(TOY)
     prompts, active = 8, len(job.plan.branches)
     joint = dataclasses.replace(TOY, learner=dataclasses.replace(TOY.learner, updates="joint"))
-    assert count_work(job).scoring == prompts * active
-    assert count_work(sketch_job(joint)).scoring == 0
+    assert count_passes(job).scoring == prompts * active
+    assert count_passes(sketch_job(joint)).scoring == 0
     assert job.plan.forward_equivalents(active) - job.plan.forward_equivalents(1) == active
     assert job.plan.forward_equivalents(1) == job.plan.rollout_passes + 3 * active
 

@@ -15,7 +15,7 @@ from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.data.embeddings import EmbeddingStore
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
-from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
+from egrpo_jax.models.vae import Vae, VaeConfig, decoder_flops, latents_to_images, micro_batched, tiled
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.flux.loading import (
     abstract_params,
@@ -95,6 +95,7 @@ def _describe(options: FluxOptions, config: FluxConfig, vae_config: VaeConfig) -
         ),
         encoder_params={} if options.embeddings is not None else text_encoder_shapes(options.dtype),
         forward_flops=flops,
+        decode_flops=decoder_flops(vae_config, 2 * grid[0], 2 * grid[1]),
         training_flops=passes * flops,
         about=_about(options, config),
     )
