@@ -99,7 +99,7 @@ def compile_phase(job: Job, mesh: Mesh, phase: str) -> Compiled:
     try:
         compiled = getattr(phases, phase).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        return Compiled(phase, named, None, None, _refused(error), time.perf_counter() - start)
+        return Compiled(phase, named, None, None, refused_bytes(error), time.perf_counter() - start)
     found = compiled.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
@@ -111,7 +111,7 @@ def compile_phase(job: Job, mesh: Mesh, phase: str) -> Compiled:
     return Compiled(phase, named, memory, work, None, time.perf_counter() - start)
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> float:
+def refused_bytes(error: jax.errors.JaxRuntimeError) -> float:
     """The bytes that a program would have needed; the error itself if it is about something else."""
     matches = (pattern.search(str(error)) for pattern in _REFUSALS)
     found = next(filter(None, matches), None)

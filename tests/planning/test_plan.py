@@ -16,7 +16,7 @@ from egrpo_jax.planning import changes
 from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, scorer_bytes, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
-from egrpo_jax.planning.report import overview, trial_line, verdict
+from egrpo_jax.planning.report import overview, tables, trial_line, verdict
 from egrpo_jax.rl.plan import describe
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 from egrpo_jax.training.job import Job
@@ -186,3 +186,37 @@ def test_mistakes_are_one_line(arguments, line):
     done = programs.call("plan", f"--config={programs.ROOT}/configs/emoji.py", *arguments)
     assert done.returncode == 2
     assert re.fullmatch(f"error: {line}\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "gibibytes"),
+    [
+        (
+            "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 34.30G of 31.25G hbm. Exc",
+            34.3,
+        ),
+        ("the total memory required for HLO temporaries (1.50T) exceeds available HBM (31.25G).", 1536),
+    ],
+)
+def test_a_program_that_the_compiler_refuses(mesh, monkeypatch, message, gibibytes):
+    """Too large a phase is a result; any other error of the compiler is one."""
+    error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+    job = sketch_job(TOY)
+    monkeypatch.setattr("jax.stages.Lowered.compile", raises(error))
+    cost = phase_cost(job, mesh, "update")
+    assert not cost.fits
+    assert cost.compiled.refused == gibibytes * GIB
+    assert cost.largest[0] == "temporaries"
+    assert f"update: {gibibytes:.2f} GiB a device; the largest part is temporaries" in verdict(job, [cost])
+    assert "refused by the compiler" in tables([cost])
+    other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 16.95M of 16.00M vmem.")
+    monkeypatch.setattr("jax.stages.Lowered.compile", raises(other))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        phase_cost(job, mesh, "update")
+
+
+def raises(error):
+    def function(*_, **__):
+        raise error
+
+    return function

@@ -1,4 +1,4 @@
-"""Full-size FLUX.1-dev compiled for a TPU slice that is not there: it fits, and no chip repeats another's work."""
+"""TPU slices that are not there: full-size FLUX.1-dev fits, and no chip repeats another's work."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import importlib.util
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
@@ -13,7 +14,7 @@ from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning.cost import phase_cost
 from egrpo_jax.planning.devices import slice_devices
-from egrpo_jax.planning.phases import sketch_job
+from egrpo_jax.planning.phases import refused_bytes, sketch_job
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
@@ -68,3 +69,11 @@ def test_the_optimizers_state_lies_over_all_chips(kind):
     moments = 2 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     assert cost.compiled.arguments["moments"] <= 1.01 * moments / CHIPS
     assert cost.compiled.memory.arguments <= 1.01 * sum(cost.compiled.arguments.values())
+
+
+def test_the_compilers_refusal_is_understood():
+    where = jax.sharding.SingleDeviceSharding(slice_devices("v6e:2x2")[0])
+    matrix = jax.ShapeDtypeStruct((60_000, 1_000_000), jnp.float32, sharding=where)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(lambda x: x @ x.T + 1).lower(matrix).compile()
+    assert refused_bytes(refusal.value) >= 4 * 60_000 * 1_000_000
