@@ -1,6 +1,7 @@
 """The program `plan` on CPU devices, and its parts."""
 
 import dataclasses
+import importlib.util
 import re
 
 import jax
@@ -14,7 +15,7 @@ from egrpo_jax.pipelines import ModelConfig, load_pipeline, sketch_pipeline
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning import changes
 from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, scorer_bytes, uncounted_scorers
-from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger
+from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, slice_devices
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
 from egrpo_jax.planning.report import overview, tables, trial_line, verdict
 from egrpo_jax.rl.plan import describe
@@ -220,3 +221,9 @@ def raises(error):
         raise error
 
     return function
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="only without the extra `tpu`")
+def test_without_the_compiler_for_tpus():
+    with pytest.raises(UserError, match=r"no compiler for TPUs, expected pip install 'egrpo_jax\[tpu\]'"):
+        slice_devices("v5p:2x2x1")

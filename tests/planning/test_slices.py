@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning.cost import phase_cost
-from egrpo_jax.planning.devices import slice_devices
+from egrpo_jax.planning.devices import GIB, capacity, slice_devices
 from egrpo_jax.planning.phases import refused_bytes, sketch_job
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
@@ -77,3 +78,18 @@ def test_the_compilers_refusal_is_understood():
     with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         jax.jit(lambda x: x @ x.T + 1).lower(matrix).compile()
     assert refused_bytes(refusal.value) >= 4 * 60_000 * 1_000_000
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "v5p:3x2x1"])
+def test_slices_that_there_are_not(topology):
+    with pytest.raises(UserError, match=f"--topology: found '{topology}', expected a slice, as v4:2x2x1"):
+        slice_devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "devices", "gibibytes"), [("v4:2x2x1", 4, 30.75), ("v6e:2x4", 8, 31.25), ("tpu7x:2x2x1", 8, 94.75)]
+)
+def test_devices_of_a_slice(topology, devices, gibibytes):
+    """A chip of v4 is one device, one of TPU7x two."""
+    found = slice_devices(topology)
+    assert (len(found), capacity(found[0])) == (devices, gibibytes * GIB)
