@@ -24,9 +24,10 @@ ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "pipelines": "common flow models parallel data weights text",
     "evaluation": "common flow rl parallel figures run data rewards pipelines",
     "training": "common rl parallel figures run data rewards pipelines evaluation",
+    "planning": "common figures parallel pipelines rewards rl run training",
     "cli": "common flow run data pipelines evaluation training",
 }
-PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "pretrain", "serve"}
+PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "plan", "pretrain", "serve"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
     *("absl", "array_record", "chex", "flax", "ftfy", "grain", "huggingface_hub", "jax", "matplotlib"),
     *("ml_collections", "numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX"),

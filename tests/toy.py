@@ -59,6 +59,7 @@ def pipeline(_):
         },
         decode=lambda _, latents: jax.nn.sigmoid(latents).reshape(-1, 4, 4, 3),
         latents_shape=(4, 12),
+        conditioning={"text": jax.ShapeDtypeStruct((3,), jnp.float32)},
     )
 
 

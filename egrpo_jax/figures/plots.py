@@ -40,7 +40,7 @@ def reward_curve(
     names = [*train, *heldout]
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure(4 * columns + 1, 3.2 * rows)
+    figure = new_figure(4 * columns + 1, 3.2 * rows)
     for index, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, columns, index)
         axes.set_title(f"{name} ({'train' if name in train else 'held out'})", fontsize=11)
@@ -51,7 +51,7 @@ def reward_curve(
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def entropy_plot(
@@ -75,7 +75,7 @@ def entropy_plot(
     steps = range(len(times) - 1)
     single = [exp_entropy(times, step, 1, noise_level) for step in steps]
     merged = [exp_entropy(times, step, merge, noise_level) for step, merge in zip(active_steps, merges, strict=True)]
-    figure = _figure(8, 4.2)
+    figure = new_figure(8, 4.2)
     axes = figure.add_subplot()
     axes.bar(steps, single, width=0.85, color="lightgrey", label="one grid step")
     bars = axes.bar(active_steps, merged, width=0.4, color=_TRAIN, alpha=0.8, label="active step, merged")
@@ -88,7 +88,7 @@ def entropy_plot(
     axes.locator_params(axis="x", integer=True)
     axes.margins(y=0.12)
     axes.legend(fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -120,13 +120,15 @@ def _draw_evaluation(axes: Axes, metrics: Sequence[Mapping[str, float]], name: s
     )  # fmt: skip
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure  # here: slow to import, and no program needs it before its end
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG. Raises UserError if `path` cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     atomic_write(path, buffer.getvalue())

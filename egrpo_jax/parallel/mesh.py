@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -43,23 +43,24 @@ class MeshConfig:
             raise ConfigError("data", self.data, "-1 on one axis only")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices`, by default all that there are.
 
     Raises:
       ConfigError: if the axes do not multiply to the number of devices.
       UserError: JAX finds no devices, or is told to compute in float64.
     """
-    devices = _count_devices()
+    count = _count_devices() if devices is None else len(devices)
     sizes = list(dataclasses.astuple(config))
     if -1 in sizes:
         fill = sizes.index(-1)
         sizes[fill] = 1
         used = sizes[0] * sizes[1] * sizes[2]
-        sizes[fill] = devices // used
-    if sizes[0] * sizes[1] * sizes[2] != devices:
-        raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {devices} devices here")
-    return jax.make_mesh(sizes, (*SAMPLES, TENSOR), axis_types=(AxisType.Auto,) * 3)
+        sizes[fill] = count // used
+    if sizes[0] * sizes[1] * sizes[2] != count:
+        where = "here" if devices is None else "to plan for"
+        raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {count} devices {where}")
+    return jax.make_mesh(sizes, (*SAMPLES, TENSOR), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def _count_devices() -> int:

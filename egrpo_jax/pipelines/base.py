@@ -36,7 +36,13 @@ class Pipeline:
         `flax.linen.meta.unbox` where it reads them.
       dtype: what split parameters are gathered in, since the model computes in it; None: as they are stored.
       trainable: regular expression, found in the paths (joined with '/') of the parameters that training changes.
+      conditioning: what `encode` gives for one prompt, as `jax.ShapeDtypeStruct` without the leading axis; only `plan`
+        needs it.
+      encoder_params: parameters, as `abstract_params`, that stay in memory once `encode` has been called; laid out by
+        `rules` as well.
       forward_flops: floating-point operations of one sample's velocity, where known.
+      decode_flops: those of decoding it, where known.
+      training_flops: those of its forward and backward pass, with what is computed again, where known.
       sampling_shift: shift of the time grid on which the published model samples, where it has one of its own.
       known_prompts: all that `encode` takes; None if it takes any.
       about: what else its images depend on, as JSON values, for the record of an evaluation.
@@ -51,7 +57,11 @@ class Pipeline:
     rules: Rules = ()
     dtype: Any = None
     trainable: str = ""
+    conditioning: Any = None
+    encoder_params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     forward_flops: float | None = None
+    decode_flops: float | None = None
+    training_flops: float | None = None
     sampling_shift: float | None = None
     known_prompts: Container[str] | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -157,14 +167,19 @@ class Family:
     Attributes:
       name: in the config.
       pipeline: describes the model.
+      sketch: describes it from its sizes alone, the published ones where `model.path` is not on this machine: the
+        `read` and `encode` of what it returns raise UserError. None: `pipeline` needs no files.
       path: says of a required `model.path` what it must be; None where it may be left out.
       encoder: text encoders by themselves, where embeddings can be stored.
       exporters: by the form in which weights are given back; each checks what it can of an `Export` before it returns
         what writes it.
+      lighter: options with which a run takes less memory, by their names in the family's section.
     """
 
     name: str
     pipeline: Callable[[Any, Any], Pipeline]
+    sketch: Callable[[Any, Any], Pipeline] | None = None
     path: str | None = None
     encoder: Callable[[Any, Any], PromptEncoder] | None = None
     exporters: Mapping[str, Callable[[Any, Any, Export], Writer]] = dataclasses.field(default_factory=dict)
+    lighter: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 
 from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
+from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pipelines.base import Family, Pipeline
 from egrpo_jax.text.emoji import LENGTH
 from egrpo_jax.text.emoji_encoder import encode_prompts
@@ -24,6 +27,8 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
     def velocity(params: Any, latents: chex.Array, time: chex.Array, text: Any) -> chex.Array:
         return model.apply({"params": params}, latents, time, text.states, text.pooled, grid=flow.grid)
 
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
+    flops = forward_flops(flow.config, tokens, LENGTH)
     return Pipeline(
         velocity=velocity,
         abstract_params=flow.params,
@@ -31,7 +36,9 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
         encode=encode_prompts,
         decode=lambda _, latents: latents_to_pixels(latents, flow.grid, flow.patch),
         latents_shape=(tokens, flow.config.in_channels),
-        forward_flops=forward_flops(flow.config, tokens, LENGTH),
+        conditioning=TextFeatures(shape(LENGTH, flow.config.text_dim), shape(flow.config.pooled_dim)),
+        forward_flops=flops,
+        training_flops=3 * flops,
     )
 
 

@@ -46,6 +46,33 @@ def load_pipeline(config: ModelConfig) -> Pipeline:
         family = FAMILIES[config.name]
         with _arguments(config, family) as (path, options):
             return family.pipeline(path, options)
+    return _own(config)
+
+
+def sketch_pipeline(config: ModelConfig) -> Pipeline:
+    """The pipeline that `config` names, of the published sizes where its files are not on this machine.
+
+    Raises:
+      UserError: as `load_pipeline`, or a pipeline of one's own does not describe its `conditioning`.
+    """
+    if config.name in FAMILIES:
+        family = FAMILIES[config.name]
+        with _arguments(config, family) as (path, options):
+            return (family.sketch or family.pipeline)(path, options)
+    pipeline = _own(config)
+    if pipeline.conditioning is None:
+        raise ConfigError("model.name", config.name, "a function whose Pipeline has its field `conditioning` set")
+    return pipeline
+
+
+def lighter_options(config: ModelConfig) -> dict[str, Any]:
+    """Options of the model that `config` names with which a run takes less memory, by their keys in the config."""
+    family = FAMILIES.get(config.name)
+    return {f"model.{config.name}.{name}": value for name, value in family.lighter.items()} if family else {}
+
+
+def _own(config: ModelConfig) -> Pipeline:
+    """The pipeline that a function of the user's own returns."""
     if ":" not in config.name:
         raise ConfigError("model.name", config.name, f"{_names(FAMILIES)}, or module:function of your own")
     pipeline = load_attribute(config.name, "config.model.name")(config)

@@ -44,6 +44,10 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    def num_updates(self, num_active: int) -> int:
+        """Optimizer updates of an iteration with `num_active` active steps."""
+        return num_active if self.updates == "per_active_step" else 1
+
 
 class Skipped(NamedTuple):
     """Updates that were not applied because they would not have left everything finite: in a row up to now, in all."""

@@ -35,15 +35,17 @@ _PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 operations a second of a chip, from its vendor's data sheet, by the beginning of its name in JAX."""
+"""Dense bfloat16 operations a second of a device, from its vendor's data sheet, by the beginning of its name in JAX. A
+chip of TPU7x is two devices."""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The most bfloat16 operations a second of one chip, or None if it is unknown; the longest fitting name counts."""
+    """The most bfloat16 operations a second of a device, or None if it is unknown; the longest fitting name counts."""
     fitting = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
     return _PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 

@@ -70,7 +70,8 @@ def speed_numbers(job: Job, timer: PhaseTimer) -> dict[str, float]:
         speed["peak_device_memory"] = memory
     peak, flops = peak_flops(jax.devices()[0].device_kind), job.pipeline.forward_flops
     if peak is not None and flops is not None:
-        work = prompts * job.plan.forward_equivalents * flops
+        updates = job.config.learner.num_updates(len(job.plan.branches))
+        work = prompts * job.plan.forward_equivalents(updates) * flops
         busy = seconds["seconds/rollout"] + seconds["seconds/update"]
         speed["model_flop_utilisation"] = work / (busy * peak * jax.device_count())
     return seconds | speed

@@ -123,7 +123,7 @@ def _batches(job: Job, transitions: Transitions, advantage: chex.Array) -> Batch
     """The trained states of all workers, `[U, D M, B]`, of rows of prompts dealt to them."""
     config = job.config.learner
     num_prompts, num_active = job.config.prompts_per_iteration, advantage.shape[1]
-    updates = num_active if config.updates == "per_active_step" else 1
+    updates = config.num_updates(num_active)
     states = deal_states(num_prompts, num_active, sample_devices(), updates, config.micro_batch)
     return spread(take_batches, (over_samples(), over_samples(), over_samples(1)), over_samples(1))(
         transitions, advantage, states

@@ -172,6 +172,12 @@ def published_shift(folder: Path, image_tokens: int) -> float:
     return shift
 
 
+def text_encoder_shapes(dtype: str) -> Params:
+    """The parameters of FLUX.1's text encoders as shapes: T5 XXL and the text tower of CLIP ViT-L/14."""
+    t5_model, clip_model = T5Encoder(T5Config()), ClipText(ClipTextConfig())
+    return {"t5": _cast(_token_model_shapes(t5_model), dtype), "clip": _cast(_token_model_shapes(clip_model), dtype)}
+
+
 def load_text_models(folder: Path, text_tokens: int, dtype: str, mesh: Mesh) -> TextModels:
     """The text encoders of a pipeline's folder; T5 writes sequences of `text_tokens`."""
     parts = read_text_parts(folder, text_tokens)

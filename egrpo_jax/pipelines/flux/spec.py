@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.data.embeddings import EmbeddingStore
 from egrpo_jax.models.attention import NEEDS, takes
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
-from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
+from egrpo_jax.models.vae import Vae, VaeConfig, decoder_flops, latents_to_images, micro_batched, tiled
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.flux.loading import (
     abstract_params,
@@ -23,6 +25,7 @@ from egrpo_jax.pipelines.flux.loading import (
     read_decoder_config,
     read_params,
     read_transformer_config,
+    text_encoder_shapes,
 )
 from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.pipelines.flux.parts import check_parts
@@ -44,25 +47,65 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
     config = read_transformer_config(folder / "transformer", options.transformer)
     check_parts(folder, config, options.text_tokens if options.embeddings is None else None)
     vae_config = read_decoder_config(folder / "vae")
-    grid = token_grid(options, vae_config)
-    _check_attention(options, config, grid)
+    _check_attention(options, config, token_grid(options, vae_config))
     store = None if options.embeddings is None else _open_store(options, config)
-    model = Flux(config, jnp.dtype(options.dtype), remat=options.remat, attention=options.attention)
+    pipeline = _describe(options, config, vae_config)
+    return dataclasses.replace(
+        pipeline,
+        read=functools.partial(read_params, folder, options, config, vae_config),
+        encode=FluxTextEncoder(folder, options.text_tokens, options.dtype) if store is None else _stored(store),
+        sampling_shift=published_shift(folder / "scheduler", pipeline.latents_shape[0]),
+        known_prompts=store,
+    )
+
+
+def flux_sketch(path: str, options: FluxOptions) -> Pipeline:
+    """The FLUX.1 pipeline in the folder `path`, or of the published sizes: of FLUX.1-schnell where it has this name,
+    else of FLUX.1-dev. Of files only configs are read, where the folder is there.
+
+    Raises:
+      UserError: a config file is damaged, or of another model.
+    """
+    folder = Path(path)
+    options = dataclasses.replace(options, lora_weights=None)  # adapters of the ranks in the config
+    if not folder.is_dir():
+        return _describe(options, FluxConfig(guidance_embed="schnell" not in path.lower()), VaeConfig())
+    transformer = read_transformer_config(folder / "transformer", options.transformer)
+    return _describe(options, transformer, read_decoder_config(folder / "vae"))
+
+
+def _describe(options: FluxOptions, config: FluxConfig, vae_config: VaeConfig) -> Pipeline:
+    """All of a pipeline that follows from sizes; its `read` and `encode` raise UserError."""
+    grid = token_grid(options, vae_config)
+    dtype = jnp.dtype(options.dtype)
+    flops = forward_flops(config, grid[0] * grid[1], options.text_tokens)
+    # Gradients of activations and of weights are a forward pass's work each; the base of adapters needs but the first.
+    passes = 1 + (1 if options.lora else 2) + (options.remat == "blocks")
+    model = Flux(config, dtype, remat=options.remat, attention=options.attention)
     return Pipeline(
         velocity=functools.partial(_velocity, model, options, grid),
         abstract_params=abstract_params(options, config, vae_config),
-        read=functools.partial(read_params, folder, options, config, vae_config),
-        encode=FluxTextEncoder(folder, options.text_tokens, options.dtype) if store is None else _stored(store),
+        read=_no_files,
+        encode=_no_files,
         decode=functools.partial(_decode, Vae(vae_config, jnp.dtype(options.decode_dtype)), options, grid),
         latents_shape=(grid[0] * grid[1], config.in_channels),
         rules=FLUX_RULES,
-        dtype=jnp.dtype(options.dtype),
+        dtype=dtype,
         trainable=f"^{COLLECTION}/" if options.lora else "^flow/",
-        forward_flops=forward_flops(config, grid[0] * grid[1], options.text_tokens),
-        sampling_shift=published_shift(folder / "scheduler", grid[0] * grid[1]),
-        known_prompts=store,
+        conditioning=FluxText(
+            jax.ShapeDtypeStruct((options.text_tokens, config.text_dim), dtype),
+            jax.ShapeDtypeStruct((config.pooled_dim,), dtype),
+        ),
+        encoder_params={} if options.embeddings is not None else text_encoder_shapes(options.dtype),
+        forward_flops=flops,
+        decode_flops=decoder_flops(vae_config, 2 * grid[0], 2 * grid[1]),
+        training_flops=passes * flops,
         about=_about(options, config),
     )
+
+
+def _no_files(_: Any) -> Any:
+    raise UserError("a model that is described by its sizes alone has no weights and no text encoders")
 
 
 def _about(options: FluxOptions, config: FluxConfig) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""FLUX.1-dev on TPU slices, compiled one after another: what fits where, and how work and transfers grow.
+
+    python -m benchmarks.slices --only=v5p:2x2x1 --only=v6e:2x4     # needs the extra `tpu`; 1 to 20 minutes a phase
+    python -m benchmarks.slices --only=none                         # the table and the plot of what is there
+
+The paper's setting, 720 x 720 pixels, with 2 prompts for each chip, stored embeddings and HPSv2.1, weights over `fsdp`.
+What is compiled is kept in docs/results/slices.json and not compiled again; the table is for docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from egrpo_jax.figures.plots import new_figure, save_figure
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.planning.cost import phase_cost
+from egrpo_jax.planning.devices import GIB, slice_devices
+from egrpo_jax.planning.phases import sketch_job
+from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.training.config import RewardsConfig, TrainConfig
+
+SCALED = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
+SLICES = (*SCALED, "v4:2x2x4", "v4:2x4x4", "v5e:4x4", "v5e:8x8", "v6e:2x4", "v6e:4x4", "tpu7x:2x2x1", "tpu7x:2x2x2")
+KINDS, PHASES = ("full", "lora"), ("rollout", "update")
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+TAILS = 12
+"""Slots of a device."""
+
+ONLY = flags.DEFINE_multi_string("only", list(SLICES), "Slices to compile, of those in the list; none: no more.")
+KIND = flags.DEFINE_multi_enum("kind", KINDS, KINDS, "All weights, or adapters.")
+ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.")
+
+
+def config(kind: str, chips: int) -> TrainConfig:
+    """The run on `chips` chips."""
+    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None)
+    return TrainConfig(
+        prompts_per_iteration=2 * chips,
+        tails_per_device=TAILS,
+        model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
+        rewards=RewardsConfig(train=("hpsv2.1",)),
+        learner=LearnerConfig(micro_batch=1),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+
+
+def compile_one(topology: str, kind: str, phase: str) -> dict[str, Any]:
+    """What `plan` finds, as numbers of one device and iteration."""
+    devices = slice_devices(topology)
+    run = config(kind, len({tuple(device.coords) for device in devices}))
+    mesh = make_mesh(run.mesh, devices)
+    with jax.set_mesh(mesh):
+        cost = phase_cost(sketch_job(run), mesh, phase)
+    work = cost.compiled.work
+    return {
+        "devices": mesh.size,
+        "prompts": run.prompts_per_iteration,
+        "needed": cost.needed,
+        "capacity": cost.capacity,
+        "fits": cost.fits,
+        "flops": work and work.flops,
+        "repeated": cost.repeated,
+        "wire": work and work.wire,
+        "seconds": cost.compiled.seconds,
+    }
+
+
+def compile_missing(found: dict[str, Any], file: Path) -> None:
+    """Compiles what is asked for and not in `found`, each in a process of its own, and writes it down at once."""
+    wanted = [f"{topology}/{kind}/{phase}" for topology in SLICES for kind in KIND.value for phase in PHASES]
+    for name in wanted:
+        if name in found or name.split("/")[0] not in ONLY.value:
+            continue
+        print(f"compiling {name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.slices", f"--one={name}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table, a row for each slice and kind."""
+    lines = [
+        "| slice | devices, prompts | trained | rollout, GiB | update, GiB | of GiB | fits | FLOPs | GB received |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for topology in SLICES:
+        for kind in KINDS:
+            rows = [found.get(f"{topology}/{kind}/{phase}") for phase in PHASES]
+            if all(rows):
+                lines.append(_row(topology, kind, rows))
+    return "\n".join(lines)
+
+
+def _row(topology: str, kind: str, phases: list[dict[str, Any]]) -> str:
+    rollout, update = phases
+    fits = "yes" if rollout["fits"] and update["fits"] else "no"
+    repeated = " / ".join("-" if each["repeated"] is None else f"{each['repeated']:.2f}" for each in phases)
+    wire = " / ".join("-" if each["wire"] is None else f"{sum(each['wire'].values()) / 1e9:,.0f}" for each in phases)
+    cells = [
+        f"`{topology}`",
+        f"{rollout['devices']}, {rollout['prompts']}",
+        "all weights" if kind == "full" else "LoRA",
+        f"{rollout['needed'] / GIB:.1f}",
+        f"{update['needed'] / GIB:.1f}",
+        f"{rollout['capacity'] / GIB:.1f}",
+        fits,
+        repeated,
+        wire,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Operations and bytes of one device by the number of devices, at 2 prompts for each."""
+    figure = new_figure(9, 3.6)
+    flops, wire = figure.subplots(1, 2)
+    for kind in KINDS:
+        for phase in PHASES:
+            rows = [found.get(f"{topology}/{kind}/{phase}") for topology in SCALED]
+            shown = [row for row in rows if row and row["flops"] is not None]
+            devices, label = (
+                [row["devices"] for row in shown],
+                f"{phase}, {'all weights' if kind == 'full' else 'LoRA'}",
+            )
+            flops.plot(devices, [row["flops"] / 1e15 for row in shown], marker="o", label=label)
+            wire.plot(devices, [sum(row["wire"].values()) / 1e9 for row in shown], marker="o", label=label)
+    for axes, title in ((flops, "PFLOP of a chip, an iteration"), (wire, "GB received by a chip, an iteration")):
+        axes.set_title(title, fontsize=11)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("chips of v5p, 2 prompts each")
+        axes.grid(alpha=0.3)
+    flops.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main(_: list[str]) -> None:
+    """Compiles what is missing, prints the table and draws the plot."""
+    if ONE.value is not None:
+        print(json.dumps(compile_one(*ONE.value.split("/"))))
+        return
+    file = RESULTS / "slices.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    compile_missing(found, file)
+    print(table(found))
+    plot(found, RESULTS / "slices.png")
+
+
+if __name__ == "__main__":
+    app.run(main)

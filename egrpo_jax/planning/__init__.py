@@ -1,0 +1,1 @@
+"""The cost of a run before it is started: what its phases compile to, for devices that need not be there."""

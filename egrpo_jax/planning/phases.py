@@ -1,0 +1,169 @@
+"""The phases of a run, compiled from shapes: the memory and the work of one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from egrpo_jax.common.trees import partition
+from egrpo_jax.parallel.mesh import REPLICATED, over_samples, sample_devices
+from egrpo_jax.pipelines import sketch_pipeline
+from egrpo_jax.planning import hlo
+from egrpo_jax.rl.deal import Tails
+from egrpo_jax.rl.optimizer import make_optimizer
+from egrpo_jax.rl.plan import make_plan
+from egrpo_jax.rl.rollout import Transitions
+from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.job import Job
+from egrpo_jax.training.phases import make_phases
+from egrpo_jax.training.state import abstract_state
+
+PHASES = ("rollout", "decode", "update")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_REFUSALS = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+    re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device that a phase takes while it runs.
+
+    Attributes:
+      arguments: what it is called with.
+      outputs: what it returns, where that is not in place of an argument.
+      temporaries: what it needs meanwhile.
+      program: the code.
+    """
+
+    arguments: float
+    outputs: float
+    temporaries: float
+    program: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.arguments + self.outputs + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled phase.
+
+    Attributes:
+      phase: one of `PHASES`.
+      arguments: bytes of one device, by what they are.
+      memory: None if the compiler refused it for want of memory.
+      work: of one call and device; None as well.
+      refused: the bytes that it would have needed, as the compiler says.
+      seconds: that compiling took.
+    """
+
+    phase: str
+    arguments: dict[str, float]
+    memory: Memory | None
+    work: hlo.Work | None
+    refused: float | None
+    seconds: float
+
+
+def sketch_job(config: TrainConfig) -> Job:
+    """A run's constants without a file of the model, the prompts or the rewards; under the mesh that is set.
+
+    Raises:
+      UserError: the config is wrong.
+    """
+    pipeline = sketch_pipeline(config.model)
+    return Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim))
+
+
+def rollout_prompts(config: TrainConfig) -> int:
+    """Prompts of one call of rollout and decode."""
+    return config.prompts_per_rollout or config.prompts_per_iteration
+
+
+def compile_phase(job: Job, mesh: Mesh, phase: str) -> Compiled:
+    """Compiles a phase as `train` does, from shapes alone; under `mesh`, which is set."""
+    phases = make_phases(job)
+    arguments, named = _arguments(job, phases.tails, mesh, phase), named_arguments(job, mesh, phase)
+    start = time.perf_counter()
+    try:
+        compiled = getattr(phases, phase).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(phase, named, None, None, refused_bytes(error), time.perf_counter() - start)
+    found = compiled.memory_analysis()
+    memory = Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    work = hlo.measure(hlo.parse(compiled.as_text()))
+    return Compiled(phase, named, memory, work, None, time.perf_counter() - start)
+
+
+def refused_bytes(error: jax.errors.JaxRuntimeError) -> float:
+    """The bytes that a program would have needed; the error itself if it is about something else."""
+    matches = (pattern.search(str(error)) for pattern in _REFUSALS)
+    found = next(filter(None, matches), None)
+    if found is None:
+        raise error
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _arguments(job: Job, tails: Tails, mesh: Mesh, phase: str) -> tuple[Any, ...]:
+    """What the phase is called with, as shapes that lie where they would."""
+    params = job.pipeline.abstract(mesh)
+    prompts = rollout_prompts(job.config)
+    if phase == "rollout":
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+        return params, _conditioning(job, mesh, prompts), _array(mesh, keys.shape, keys.dtype)
+    if phase == "decode":
+        return params, _array(mesh, (len(tails.sample), *job.pipeline.latents_shape))
+    prompts = job.config.prompts_per_iteration
+    frozen = partition(params, job.pipeline.trainable)[1]
+    steps = abstract_transitions(job, mesh)
+    return abstract_state(job, mesh), frozen, steps, steps.log_prob, _conditioning(job, mesh, prompts)
+
+
+def abstract_transitions(job: Job, mesh: Mesh) -> Transitions:
+    """The random steps of an iteration."""
+    states = (job.config.prompts_per_iteration, len(job.plan.branches))
+    samples, shape = (*states, job.plan.group_size), job.pipeline.latents_shape
+    axes = ((*states, *shape), (*samples, *shape), states, states, states, samples)
+    return Transitions(*(_array(mesh, each) for each in axes))
+
+
+def _conditioning(job: Job, mesh: Mesh, prompts: int) -> Any:
+    return jax.tree.map(lambda leaf: _array(mesh, (prompts, *leaf.shape), leaf.dtype), job.pipeline.conditioning)
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """An array whose rows are spread over all devices, where these divide them."""
+    spec = REPLICATED if shape[0] % sample_devices(mesh) else over_samples()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def named_arguments(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
+    """Bytes of one device that the arguments of a phase take, by what they are."""
+    arguments = _arguments(job, make_phases(job).tails, mesh, phase)
+    if phase != "update":
+        return {"weights": bytes_on_device(arguments[0]), "inputs": bytes_on_device(arguments[1:])}
+    state, frozen, *inputs = arguments
+    parts = {"trained weights": state.params, "frozen weights": frozen, "moments": state.opt_state}
+    return {name: bytes_on_device(part) for name, part in (parts | {"average": state.ema, "inputs": inputs}).items()}
+
+
+def bytes_on_device(tree: Any) -> float:
+    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
+    on_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(sum(map(on_device, jax.tree.leaves(tree))))

@@ -1,0 +1,95 @@
+"""TPU slices that are not there: full-size FLUX.1-dev fits, and no chip repeats another's work."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from egrpo_jax.common.errors import UserError
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.pipelines import ModelConfig
+from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.planning.cost import phase_cost
+from egrpo_jax.planning.devices import GIB, capacity, slice_devices
+from egrpo_jax.planning.phases import refused_bytes, sketch_job
+from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.training.config import RewardsConfig, TrainConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`"),
+]
+CHIPS = 4
+KEYS = {field.name for field in dataclasses.fields(FluxOptions)}
+# Kernels repeat a part of attention in their backward pass; XLA's counts compare with arithmetic.
+PLAIN = {"attention": "xla"} if "attention" in KEYS else {}
+
+
+@functools.cache
+def job_and_cost(phase, kind):
+    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, **PLAIN)
+    config = TrainConfig(
+        prompts_per_iteration=8,
+        tails_per_device=12,
+        model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
+        rewards=RewardsConfig(train=("hpsv2.1",)),
+        learner=LearnerConfig(micro_batch=1),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    mesh = make_mesh(config.mesh, slice_devices("v5p:2x2x1"))
+    with jax.set_mesh(mesh):
+        job = sketch_job(config)
+        return job, phase_cost(job, mesh, phase)
+
+
+def largest(cost, kind, where=lambda _: True):
+    collectives = cost.compiled.work.collectives
+    return max((each.whole for each in collectives if each.kind == kind and where(each)), default=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("phase", ["rollout", "update"])
+def test_a_phase_fits_and_repeats_nothing(phase, kind):
+    job, cost = job_and_cost(phase, kind)
+    assert cost.fits
+    assert cost.compiled.work.unknown_loops == ()
+    assert 0.9 < cost.repeated <= 1.03
+    assert largest(cost, "all-reduce", lambda each: each.in_loop) <= 1e6
+    block = [leaf.shape[1:] for leaf in jax.tree.leaves(job.pipeline.abstract_params["flow"]["double_blocks"])]
+    assert 0 < largest(cost, "all-gather") <= 2 * sum(map(math.prod, block))  # in bfloat16
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_optimizers_state_lies_over_all_chips(kind):
+    job, cost = job_and_cost("update", kind)
+    trained = job.pipeline.abstract_params["lora" if kind == "lora" else "flow"]
+    moments = 2 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+    assert cost.compiled.arguments["moments"] <= 1.01 * moments / CHIPS
+    assert cost.compiled.memory.arguments <= 1.01 * sum(cost.compiled.arguments.values())
+
+
+def test_the_compilers_refusal_is_understood():
+    where = jax.sharding.SingleDeviceSharding(slice_devices("v6e:2x2")[0])
+    matrix = jax.ShapeDtypeStruct((60_000, 1_000_000), jnp.float32, sharding=where)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(lambda x: x @ x.T + 1).lower(matrix).compile()
+    assert refused_bytes(refusal.value) >= 4 * 60_000 * 1_000_000
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "v5p:3x2x1"])
+def test_slices_that_there_are_not(topology):
+    with pytest.raises(UserError, match=f"--topology: found '{topology}', expected a slice, as v4:2x2x1"):
+        slice_devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "devices", "gibibytes"), [("v4:2x2x1", 4, 30.75), ("v6e:2x4", 8, 31.25), ("tpu7x:2x2x1", 8, 94.75)]
+)
+def test_devices_of_a_slice(topology, devices, gibibytes):
+    """A chip of v4 is one device, one of TPU7x two."""
+    found = slice_devices(topology)
+    assert (len(found), capacity(found[0])) == (devices, gibibytes * GIB)
