@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from egrpo_jax.common.errors import UserError, first_line, last_cause
+from egrpo_jax.parallel import hosts
 from egrpo_jax.run.finishing import finishing
 
 PyTree = Any
@@ -36,6 +36,10 @@ _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
 _TOLD = re.compile(r"_SignalingThread\.run\(\) raised|Metadata file")
 logging.get_absl_logger().addFilter(lambda record: not _TOLD.search(record.getMessage()))
 _NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED")
+
+
+class _DamagedError(UserError):
+    """A checkpoint is damaged."""
 
 
 class Checkpoints:
@@ -63,6 +67,7 @@ class Checkpoints:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._reader = self._manager if not hosts.several() else _own_reader(self.directory)
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.directory}: {error.strerror}") from error
 
@@ -126,9 +131,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, meta = self._restore(step, target, partial)
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
+            except _DamagedError as error:
                 failures[step] = error
                 continue
             self._set_aside(failures, step)
@@ -142,20 +145,26 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
-        record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        with hosts.agreed(_DamagedError), _damage_told():  # a process reads its own part, and another's may be damaged
+            saved, state, meta = self._read(step, target, partial)
+        found = _fingerprint(state)
+        for path, entry in saved.items():
+            if entry != found[path]:
+                raise _DamagedError(f"checksum of {path} differs")
+        return state, meta
+
+    def _read(self, step: int, target: PyTree, partial: bool) -> tuple[dict[str, list[Any]], PyTree, dict[str, Any]]:
+        """The fingerprint, the state and `meta`, as they lie there."""
+        record = self._reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(record, dict) or record.pop("crc32", None) != _crc32(record):
             raise ValueError("checksum of meta differs")
-        saved, meta, wanted = record["fingerprint"], record["meta"], _layout(target)
+        saved, wanted = record["fingerprint"], _layout(target)
         if partial:
             saved = {path: entry for path, entry in saved.items() if path in wanted}
         _check_same_model(self.directory / str(step), saved, wanted)
         restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
-        found = _fingerprint(state)
-        for path, entry in saved.items():
-            if entry != found[path]:
-                raise ValueError(f"checksum of {path} differs")
-        return state, meta
+        state = self._reader.restore(step, args=ocp.args.Composite(state=restore)).state
+        return saved, state, record["meta"]
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
         for step, error in failures.items():
@@ -164,8 +173,8 @@ class Checkpoints:
                 continue
             number = sum(1 for _ in self.directory.glob(f"damaged-{step}-*"))
             aside = self.directory / f"damaged-{step}-{number}"
-            multihost_utils.sync_global_devices(f"damaged-{step}")  # every process has counted
-            if jax.process_index() == 0:
+            hosts.meet()  # every process has counted
+            if hosts.leads():
                 (self.directory / str(step)).rename(aside)
             self.damaged.append(aside)
             logging.warning(
@@ -173,13 +182,31 @@ class Checkpoints:
                 step, first_line(error), aside, restored,
             )  # fmt: skip
         if self.damaged:
-            multihost_utils.sync_global_devices("damaged")
+            hosts.meet()
             self._manager.reload()
 
 
 def _partial_restore(target: PyTree) -> ocp.args.CheckpointArgs:
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+
+
+def _own_reader(directory: Path) -> ocp.CheckpointManager:
+    """A manager that reads in this process alone: the usual one waits for processes whose part could not be read."""
+    own = hosts.own_number()
+    alone = ocp.options.MultiprocessingOptions(own, {own}, f"reader {own}")
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(directory, options=options)
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise _DamagedError(first_line(error)) from error
 
 
 def _is_damage(error: Exception) -> bool:

@@ -1,4 +1,7 @@
-"""Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR`."""
+"""Runs three iterations of a config on the devices there are, those of other processes too where it is told of these.
+
+`run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR [HOST:PORT PROCESSES PROCESS]`; the process 0 writes OUT.
+"""
 
 import contextlib
 import dataclasses
@@ -9,8 +12,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
@@ -21,7 +26,10 @@ from egrpo_jax.training.phases import make_phases
 from egrpo_jax.training.state import start_or_resume
 
 
-def main(config_file, out, *axes):
+def main(config_file, out, *where):
+    axes, processes = where[:3], where[3:]
+    if processes:
+        hosts.start(processes[0], int(processes[1]), int(processes[2]))
     config_file, _, argument = config_file.partition(":")
     spec = importlib.util.spec_from_file_location("config_file", config_file)
     module = importlib.util.module_from_spec(spec)
@@ -38,9 +46,11 @@ def main(config_file, out, *axes):
         phases = make_phases(job)
         for _ in range(3):
             progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
-    leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(progress.state)
+    leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(whole)}
     numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
-    np.savez(Path(out), **numbers, **leaves)
+    if hosts.leads():
+        np.savez(Path(out), **numbers, **leaves)
 
 
 if __name__ == "__main__":

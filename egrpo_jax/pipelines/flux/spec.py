@@ -13,6 +13,7 @@ from egrpo_jax.data.embeddings import EmbeddingStore
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
+from egrpo_jax.parallel import hosts
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.flux.loading import (
     abstract_params,
@@ -110,4 +111,4 @@ def _open_store(options: FluxOptions, config: FluxConfig) -> EmbeddingStore:
 
 
 def _stored(store: EmbeddingStore) -> Any:
-    return lambda prompts: FluxText(**store.lookup(prompts))
+    return lambda prompts: FluxText(**hosts.read_rows(prompts, store.lookup))
