@@ -16,8 +16,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from egrpo_jax import cli
 from egrpo_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig, image_flops
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards.clip import ImageFeatures
@@ -34,11 +35,12 @@ CONFIGS = {
     "small": ClipConfig(ClipVisionConfig(TransformerConfig(128, 4, 4, 512, "gelu")), NO_TEXT, 64),
 }
 
-SIZE = flags.DEFINE_enum("size", "ViT-H-14", list(CONFIGS), "The model.")
-PIXELS = flags.DEFINE_integer("pixels", 720, "Height and width of the square images.")
-BATCH = flags.DEFINE_integer("batch", 8, "Images at once.")
-THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating measurements.")
+FLAGS = flags.FlagValues()
+SIZE = flags.DEFINE_enum("size", "ViT-H-14", list(CONFIGS), "The model.", flag_values=FLAGS)
+PIXELS = flags.DEFINE_integer("pixels", 720, "Height and width of the square images.", flag_values=FLAGS)
+BATCH = flags.DEFINE_integer("batch", 8, "Images at once.", flag_values=FLAGS)
+THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.", flag_values=FLAGS)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating measurements.", flag_values=FLAGS)
 
 Score = Callable[[np.ndarray], np.ndarray]
 """Cosines `[B]` of images `[B, H, W, 3]`, uint8."""
@@ -99,7 +101,7 @@ def inputs(config: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
     return squares[:, : PIXELS.value, : PIXELS.value], texts / np.linalg.norm(texts, axis=-1, keepdims=True)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Compares, times and prints."""
     config = CONFIGS[SIZE.value]
     images, texts = inputs(config)
@@ -122,4 +124,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

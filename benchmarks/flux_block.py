@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from egrpo_jax import cli
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
 from egrpo_jax.weights.layout import Params, export_tensors
 from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
@@ -35,16 +36,21 @@ SMALL = FluxConfig(
     axes_dims=(16, 24, 24),
 )  # fmt: skip
 
-SIZE = flags.DEFINE_enum("size", "small", ["small", "dev"], "The model: `small`, or FLUX.1-dev, 12 billion parameters.")
-PIXELS = flags.DEFINE_list("pixels", ["256"], "Height and width of the square images.")
-BATCH = flags.DEFINE_list("batch", ["4"], "Samples at once.")
-TEXT = flags.DEFINE_integer("text_tokens", 64, "Text tokens; 512 is FLUX.1-dev's.")
-REMAT = flags.DEFINE_enum("remat", "none", ["none", "projections", "blocks"], "What ours computes again.")
-UNROLL = flags.DEFINE_integer("unroll", 1, "Blocks in one trip of our scan.")
-BACKWARD = flags.DEFINE_bool("backward", True, "Time gradients by all parameters too.")
-PEER = flags.DEFINE_bool("peer", True, "Time diffusers too.")
-THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads on the CPU.")
-ROUNDS = flags.DEFINE_integer("rounds", 10, "Alternating measurements.")
+FLAGS = flags.FlagValues()
+SIZE = flags.DEFINE_enum(
+    "size", "small", ["small", "dev"], "The model: `small`, or FLUX.1-dev, 12 billion parameters.", flag_values=FLAGS
+)
+PIXELS = flags.DEFINE_list("pixels", ["256"], "Height and width of the square images.", flag_values=FLAGS)
+BATCH = flags.DEFINE_list("batch", ["4"], "Samples at once.", flag_values=FLAGS)
+TEXT = flags.DEFINE_integer("text_tokens", 64, "Text tokens; 512 is FLUX.1-dev's.", flag_values=FLAGS)
+REMAT = flags.DEFINE_enum(
+    "remat", "none", ["none", "projections", "blocks"], "What ours computes again.", flag_values=FLAGS
+)
+UNROLL = flags.DEFINE_integer("unroll", 1, "Blocks in one trip of our scan.", flag_values=FLAGS)
+BACKWARD = flags.DEFINE_bool("backward", True, "Time gradients by all parameters too.", flag_values=FLAGS)
+PEER = flags.DEFINE_bool("peer", True, "Time diffusers too.", flag_values=FLAGS)
+THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads on the CPU.", flag_values=FLAGS)
+ROUNDS = flags.DEFINE_integer("rounds", 10, "Alternating measurements.", flag_values=FLAGS)
 
 Pass = Callable[[], object]
 """One pass, finished when it returns."""
@@ -213,7 +219,7 @@ def measure(setting: Setting, params: Params, rate: float | None) -> None:
         report("forward and backward", taken, setting, 3 * setting.flops, rate)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Measures every setting, smallest batch first."""
     rate = matmul_rate() if on_gpu() else None
     every = list(settings())
@@ -223,4 +229,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from egrpo_jax import cli
 from egrpo_jax.models import blip, clip, flux, vae
 from egrpo_jax.rewards.imagereward import TEXT_TOKENS as WORDS
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.run.metrics import read_metrics
 
-PIXELS = flags.DEFINE_integer("pixels", 720, "Height and width of the square images, a multiple of 16.")
-TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 512, "Text tokens of the flow model.")
-WORKDIR = flags.DEFINE_string("workdir", None, "A run whose seconds are shown instead.")
+FLAGS = flags.FlagValues()
+PIXELS = flags.DEFINE_integer(
+    "pixels", 720, "Height and width of the square images, a multiple of 16.", flag_values=FLAGS
+)
+TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 512, "Text tokens of the flow model.", flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", None, "A run whose seconds are shown instead.", flag_values=FLAGS)
 
 PHASES = ("rollout", "decode", "reward", "update")
 
@@ -47,7 +51,7 @@ def measured(workdir: str) -> dict[str, float]:
     return {phase: sum(line[f"seconds/{phase}"] for line in lines) / len(lines) for phase in PHASES}
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the phases and their shares."""
     phases = analytic() if WORKDIR.value is None else measured(WORKDIR.value)
     unit, scale = ("TFLOP", 1e12) if WORKDIR.value is None else ("s", 1)
@@ -58,4 +62,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -4,7 +4,7 @@ For every reward: its mean on the evaluation prompts before and after each run, 
 over prompts, and, last, the mean change over the runs with its 95 % interval over them (Student's t).
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import scipy.stats
@@ -35,4 +35,6 @@ def main(workdirs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdirs", nargs="+")
+    main(parser.parse_args().workdirs)

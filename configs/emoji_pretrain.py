@@ -4,7 +4,7 @@
     python -m egrpo_jax.pretrain --config configs/emoji_pretrain.py --config.start_from=small.safetensors
 
 The second stage adds a block to the first one's flow, which learns faster than starting with all of them. It ships
-its last parameters, not their average: the pictures are as well composed but noisier, and noise is what RL removes.
+its last parameters, not their average: the images are as well composed but noisier, and noise is what RL removes.
 """
 
 import ml_collections

@@ -59,8 +59,8 @@ DIVERSITY = flags.DEFINE_string(
 )
 
 
-def chosen_judging(config: TrainConfig, trained: Sequence[str], mesh: Mesh) -> Judging:
-    """The rewards that the flags name, loaded; the first that was not trained on is the judge."""
+def chosen_judging(config: TrainConfig, train: Sequence[str], mesh: Mesh) -> Judging:
+    """The rewards that the flags name, loaded; the first that is not among `train` is the judge."""
     names = config.rewards.train + config.rewards.heldout if REWARDS.value is None else tuple(REWARDS.value)
     if not names or len(set(names)) != len(names):
         raise UserError(f"--rewards: found {REWARDS.value}, expected names, each once")
@@ -69,7 +69,7 @@ def chosen_judging(config: TrainConfig, trained: Sequence[str], mesh: Mesh) -> J
     if SAMPLING.seed + SAMPLES.value - 1 > LAST_SEED:
         raise UserError(f"--seed={SAMPLING.seed} --samples={SAMPLES.value}: the last seed is {LAST_SEED}")
     rewards = {name: load_reward(name, config.scorers, mesh) for name in names}
-    judge = next((name for name in names if name not in trained), names[0])
+    judge = next((name for name in names if name not in train), names[0])
     if DIVERSITY.value is None:
         return Judging(rewards, judge, SAMPLES.value)
     reward = rewards.get(DIVERSITY.value) or load_reward(DIVERSITY.value, config.scorers, mesh)
@@ -104,11 +104,11 @@ def main() -> None:
     """Samples, scores, compares and writes."""
     config, workdir, out = MODEL.config(), MODEL.workdir, Path(OUT.value)
     source, prompts = SAMPLING.prompts(config.evaluation.prompts)
-    trained = protocol.trained_rewards(config.rewards.train, workdir)
+    train = protocol.training_rewards(config.rewards.train, workdir)
     check_new_folder(out)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        judging = chosen_judging(config, trained, mesh)
+        judging = chosen_judging(config, train, mesh)
         pipeline = load_pipeline(config.model)
         pipeline.require(prompts)
         for reward in judging.rewards.values():
@@ -130,7 +130,7 @@ def main() -> None:
         "rewards": {name: protocol.describe_reward(name, config.scorers) for name in judging.rewards},
         "config": protocol.public_config(to_config_dict(config).to_dict()),
     }
-    comparisons = compare_all(results.scores, judging, trained)
+    comparisons = compare_all(results.scores, judging, train)
     table = protocol.document(comparisons, made)
     record = {"scores": [statistics.as_json(row) for row in comparisons], "protocol": made}
     write(out, table, record, prompts, results, judging.judge)

@@ -1,10 +1,10 @@
-"""Serves a scorer over HTTP, for training runs elsewhere.
+"""Serves a reward over HTTP, for training runs elsewhere.
 
     python -m egrpo_jax.serve --reward hpsv2.1
 
 Speaks the API "scores" (rewards/remote/scores.py): POST of images and prompts to /, which answers their scores;
-GET of / says which scorer this is. An error is `{"error": one line}` with a status of 4xx, the client's, or 5xx, the
-scorer's. Images are rounded to 8 bits on their way. There is no authentication: listen on loopback or a private
+GET of / says which reward this is. An error is `{"error": one line}` with a status of 4xx, the client's, or 5xx, the
+reward's. Images are rounded to 8 bits on their way. There is no authentication: listen on loopback or a private
 network.
 """
 

@@ -65,8 +65,8 @@ def test_the_embedded_model_twice_with_equal_bytes(tmp_path, workdir):
         for model in ("base", "tuned"):
             mean = np.mean([line[model][row["name"]] for line in lines])
             assert math.isclose(mean, row[model]["mean"], rel_tol=1e-12)
-    with Image.open(tmp_path / "a" / "gains.png") as picture:
-        assert picture.width > 160
+    with Image.open(tmp_path / "a" / "gains.png") as image:
+        assert image.width > 160
 
 
 def test_one_prompt_has_no_interval(tmp_path, workdir):

@@ -60,7 +60,7 @@ def trained(base, workdir, config, *arguments):
 
 
 def apart(a, b):
-    """The largest difference of two pictures, in grey levels."""
+    """The largest difference of two images, in grey levels."""
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 

@@ -1,4 +1,4 @@
-"""The program that serves a scorer."""
+"""The program that serves a reward."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_the_program_serves_until_it_is_told_to_stop():
     process.stderr.close()
 
 
-def test_a_second_signal_does_not_wait_for_the_scorer(tmp_path):
+def test_a_second_signal_does_not_wait_for_the_reward(tmp_path):
     (tmp_path / "stuck.py").write_text(
         "import sys, threading\n"
         "def reward(images, prompts):\n"

@@ -67,7 +67,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """absl's parser, but whatever a flag or a config file does wrong is a UserError. Raises UserError."""
     try:
         extra = values(argv)
-        if values["config"].value is not None:
+        if "config" in values and values["config"].value is not None:
             values["config"].value.keys()  # a file that cannot be read is reported at its first use only
     except UserError:
         raise

@@ -90,8 +90,8 @@ def _numbers(hint: Any, value: Any, key: str) -> Iterator[tuple[str, Any, bool, 
             yield from _numbers(option, value, key)
     elif origin is tuple and isinstance(value, tuple):
         hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        for place, (item_hint, item) in enumerate(zip(hints, value, strict=False)):
-            yield from _numbers(item_hint, item, f"{key}[{place}]")
+        for index, (item_hint, item) in enumerate(zip(hints, value, strict=False)):
+            yield from _numbers(item_hint, item, f"{key}[{index}]")
     elif origin is dict and isinstance(value, dict):
         for name, item in value.items():
             yield from _numbers(args[1], item, f"{key}.{name}")

@@ -63,7 +63,7 @@ def evaluate(
 
 
 def even_indices(num_prompts: int, most: int) -> np.ndarray:
-    """Places of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
+    """Indices of at most `most` prompts, evenly spread, so that every kind of prompt is seen."""
     return np.unique(np.linspace(0, num_prompts - 1, min(most, num_prompts)).round().astype(int))
 
 
@@ -132,8 +132,8 @@ def evaluation_numbers(first: Evaluation, now: Evaluation) -> dict[str, float]:
     return numbers
 
 
-def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldout: Iterable[str]) -> list[str]:
-    """Signs of reward hacking, a line each: held-out scores that have fallen from their best while a trained one rose.
+def parted_rewards(history: Sequence[Evaluation], train: Iterable[str], heldout: Iterable[str]) -> list[str]:
+    """Signs of reward hacking, a line each: a held-out reward has fallen from its best while a training reward rose.
 
     Both changes are taken since the evaluation at which the held-out score was best, over the same prompts and noise,
     and both must leave their 95 % intervals.
@@ -145,11 +145,11 @@ def parted_rewards(history: Sequence[Evaluation], trained: Iterable[str], heldou
         fall = paired_change(best.scores[judge], now.scores[judge])
         if not fall.high < 0:
             continue
-        for name in trained:
+        for name in train:
             rise = paired_change(best.scores[name], now.scores[name])
             if rise.low > 0:
                 warnings.append(
-                    f"reward hacking? since iteration {best.iteration} the trained {name} rose by {rise.mean:.4f} "
-                    f"while the held-out {judge} fell by {-fall.mean:.4f}"
+                    f"reward hacking? since iteration {best.iteration} the training reward {name} rose by "
+                    f"{rise.mean:.4f} while the held-out reward {judge} fell by {-fall.mean:.4f}"
                 )
     return warnings

@@ -22,8 +22,8 @@ from egrpo_jax.run.workdir import recorded_config
 INTERVALS = f"95 % percentile bootstrap over prompts, {statistics.RESAMPLES} resamples, seed {statistics.SEED}"
 
 
-def trained_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[str, ...]:
-    """The rewards that the run in `workdir` was trained on, by its own record, or without a run those `configured`.
+def training_rewards(configured: tuple[str, ...], workdir: Path | None) -> tuple[str, ...]:
+    """The training rewards of the run in `workdir`, by its own record, or without a run those `configured`.
 
     Raises:
       UserError: `workdir` is not that of a training run.

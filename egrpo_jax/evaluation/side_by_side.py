@@ -147,9 +147,9 @@ def _pairs(prompts: Sequence[str], scores: Sequence[Scores], images: Sequence[np
     return [pair._replace(images=(small(pair.images[0]), small(pair.images[1]))) for pair in extremes(bare)]
 
 
-def compare_all(scores: Sequence[Columns], judging: Judging, trained: Sequence[str]) -> list[Comparison]:
-    """A comparison for each column of one model's `scores`, or two models'; `trained` are rewards trained on."""
-    roles = {name: "trained on" if name in trained else "held out" for name in judging.rewards}
+def compare_all(scores: Sequence[Columns], judging: Judging, train: Sequence[str]) -> list[Comparison]:
+    """A comparison for each column of one model's `scores`, or two models'; `train`: the training rewards."""
+    roles = {name: "train" if name in train else "held out" for name in judging.rewards}
     tuned = scores[1] if len(scores) == 2 else {}
     return [
         compare(name, roles.get(name, "within a prompt"), base, tuned.get(name)) for name, base in scores[0].items()

@@ -22,28 +22,28 @@ _TRAIN, _EVAL = "tab:blue", "tab:orange"
 
 def reward_curve(
     metrics: Sequence[Mapping[str, float]],
-    trained: Sequence[str],
+    train: Sequence[str],
     heldout: Sequence[str],
     path: str | os.PathLike[str],
 ) -> None:
-    """A panel per scorer: its training reward per iteration, and its evaluations with the 95 % interval of the change.
+    """A panel per reward: its mean per iteration, and its evaluations with the 95 % interval of the change.
 
     Args:
       metrics: lines of `metrics.read_metrics`; uses "reward/<name>/mean" and "eval/<name>/mean" and "change_ci95".
-      trained: scorers that made the reward.
-      heldout: scorers that were only looked at.
+      train: the training rewards.
+      heldout: the held-out rewards.
       path: PNG to write.
 
     Raises:
       UserError: if `path` cannot be written.
     """
-    names = [*trained, *heldout]
+    names = [*train, *heldout]
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = _figure(4 * columns + 1, 3.2 * rows)
     for index, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, columns, index)
-        axes.set_title(f"{name} ({'trained on' if name in trained else 'held out'})", fontsize=11)
+        axes.set_title(f"{name} ({'train' if name in train else 'held out'})", fontsize=11)
         _draw_training(axes, metrics, name)
         _draw_evaluation(axes, metrics, name)
         axes.set_xlabel("iteration")

@@ -61,7 +61,7 @@ class Optim:
 
 
 class State(NamedTuple):
-    """The state that a step changes; `average` is the exponential moving average of `params`."""
+    """The state that an update changes; `average` is the exponential moving average of `params`."""
 
     params: Any
     average: Any
@@ -69,14 +69,14 @@ class State(NamedTuple):
 
 
 def fit(loss_fn: LossFn, params: Any, data: Any, optim: Optim, key: chex.PRNGKey) -> Iterator[tuple[int, Any]]:
-    """Minimises `loss_fn`, yielding after each step its number, from 1, and the averaged parameters.
+    """Minimises `loss_fn`, yielding after each update its number, from 1, and the averaged parameters.
 
-    Step n draws with `fold_in(key, n)`, so that a run depends on nothing but its arguments. The arrays yielded are
-    valid until the next step, which reuses their memory.
+    Update n draws with `fold_in(key, n)`, so that a run depends on nothing but its arguments. The arrays yielded are
+    valid until the next update, which reuses their memory.
     """
     optimizer = optim.transformation()
 
-    def step(state: State, data: Any, number: chex.Array) -> tuple[State, chex.Array]:
+    def update(state: State, data: Any, number: chex.Array) -> tuple[State, chex.Array]:
         loss, gradient = jax.value_and_grad(loss_fn)(state.params, data, jax.random.fold_in(key, number))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -85,7 +85,7 @@ def fit(loss_fn: LossFn, params: Any, data: Any, optim: Optim, key: chex.PRNGKey
         average = optax.incremental_update(params, state.average, 1 - decay)
         return State(params, average, opt_state), loss
 
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(update, donate_argnums=0)
     params = jax.tree.map(jnp.asarray, params)
     state = State(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     bar = tqdm(range(1, optim.steps + 1), unit="step", mininterval=1.0)

@@ -120,7 +120,7 @@ def blamed(name: str, reward: Any, own: bool) -> Iterator[None]:
         if not own:
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RewardError(f"the reward {name!r} raised {said}{_place(reward, error)}") from error
+        raise RewardError(f"the reward {name!r} raised {said}{_location(reward, error)}") from error
 
 
 def _to_numbers(found: Any) -> np.ndarray | None:
@@ -149,7 +149,7 @@ def _shown(found: Any) -> str:
     return f"a list of {len(found)}, {shown}" if isinstance(found, list | tuple) else shown
 
 
-def _place(reward: Any, error: Exception) -> str:
+def _location(reward: Any, error: Exception) -> str:
     """The last line of the reward's own file that `error` came through, if there is one."""
     file = getattr(sys.modules.get(getattr(reward, "__module__", "")), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]

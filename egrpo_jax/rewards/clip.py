@@ -175,5 +175,5 @@ def _head() -> LinearHead:
 
 
 def _head_layout() -> Layout:
-    places = enumerate(place for place, _ in AESTHETIC_HEAD)
-    return tuple(e for index, place in places for e in linear(f"layers.{place}", f"layer_{index}"))
+    numbers = enumerate(number for number, _ in AESTHETIC_HEAD)
+    return tuple(e for index, number in numbers for e in linear(f"layers.{number}", f"layer_{index}"))

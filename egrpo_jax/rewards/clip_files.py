@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
-from egrpo_jax.weights.configs import read_config, read_object
+from egrpo_jax.weights.configs import NUMBER, POSITIVE, Key, Published, list_of, one_of, read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
 from egrpo_jax.weights.hub import resolve
 from egrpo_jax.weights.layout import Layout, Params
@@ -35,9 +35,12 @@ HPS_WEIGHTS = {
 _HPS_BYTES = {1_972_484_501: "2.0", 1_972_490_005: "2.1"}
 
 _PREPROCESS = {
-    "mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest", "size": None,
-    "mode": "RGB", "fill_color": 0,
-}  # fmt: skip
+    "mean": Key(list_of(NUMBER, 3), CLIP_MEAN),
+    "std": Key(list_of(POSITIVE, 3), CLIP_STD),
+    "interpolation": Key(one_of("bicubic"), "bicubic"),
+    "resize_mode": Key(one_of("shortest", "squash"), "shortest"),
+    "mode": Key(one_of("RGB"), "RGB"),
+}
 
 
 class LoadedClip(NamedTuple):
@@ -60,7 +63,7 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
         return load_transformers_clip(path, dtype, mesh)
     published = read_object(folder / open_clip.FILE)
     config = open_clip.config_from_open_clip(published.section("model_cfg"))
-    preprocess = _preprocess_from_open_clip(published.get("preprocess_cfg") or {}, config.vision.image_size)
+    preprocess = _preprocess_from_open_clip(published.section("preprocess_cfg"), config.vision.image_size)
     files = open_weights(find_file(path, OPEN_CLIP_WEIGHTS))
     return _load(files, config, open_clip.open_clip_layout, dtype, mesh, preprocess, load_open_clip_tokenizer(folder))
 
@@ -149,11 +152,9 @@ def clip_shapes(model: Clip) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-def _preprocess_from_open_clip(published: Mapping[str, Any], size: int) -> Preprocess:
-    """The preprocessing that the `preprocess_cfg` of an open_clip_config.json asks for."""
-    asked = {**_PREPROCESS, **{key: value for key, value in published.items() if value is not None}}
-    for key, possible in (("interpolation", ["bicubic"]), ("resize_mode", ["shortest", "squash"]), ("mode", ["RGB"])):
-        if asked[key] not in possible:
-            raise UserError(f"{open_clip.FILE}: {key} is {asked[key]!r}; must be {' or '.join(possible)}")
+def _preprocess_from_open_clip(published: Published, size: int) -> Preprocess:
+    """The preprocessing that the `preprocess_cfg` of an open_clip_config.json asks for; null is the default."""
+    said = {key: value for key, value in published.items() if value is not None}
+    asked = Published(said, published.file, published.prefix).checked(_PREPROCESS)
     fit: Literal["crop", "squash"] = "crop" if asked["resize_mode"] == "shortest" else "squash"
     return Preprocess(size, fit=fit, mean=tuple(asked["mean"]), std=tuple(asked["std"]))

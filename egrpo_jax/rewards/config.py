@@ -77,7 +77,7 @@ class AestheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteConfig:
-    """A scorer on another machine.
+    """A reward on another machine.
 
     Attributes:
       url: where it is: http://host:port/path.
@@ -126,7 +126,7 @@ class ScorersConfig:
       dtype: what scorers compute in.
       batch: images at once on a device.
       hps, clip_score, pickscore, imagereward, aesthetic: where the files of these rewards are.
-      remote: scorers on other machines, by the names under which `rewards` has them.
+      remote: rewards on other machines, by the names under which `rewards` has them.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

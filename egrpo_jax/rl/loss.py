@@ -11,8 +11,9 @@ import jax.numpy as jnp
 class LossStats(NamedTuple):
     """Statistics of the loss, each the weighted sum over samples but `ratio_deviation`, the maximum of |r - 1|.
 
-    `ratio_excess` is r - 1, whose sum rounds less than that of r; `clip_high` and `clip_low` are the shares of samples whose gradient the clip cuts off above 1 + range and below
-    1 - range; `kl` is the estimate r - 1 - log r of KL(old | new), for each latent dimension.
+    `ratio_excess` is r - 1, whose sum rounds less than that of r; `clip_high` and `clip_low` are the shares of samples
+    whose gradient the clip cuts off above 1 + range and below 1 - range; `kl` is the estimate r - 1 - log r of
+    KL(old | new), for each latent dimension.
     """
 
     loss: chex.Array

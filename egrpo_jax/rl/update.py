@@ -164,16 +164,19 @@ def policy_gradient(
         deviation = jnp.abs(jnp.expm1(scored - micro.transitions.log_prob))
         return value, StepStats(stats, deviation.max(initial=0.0, where=weight > 0))
 
-    def add(total: Any, micro: Batch) -> tuple[Any, StepStats]:
-        grads, stats = jax.grad(loss, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, total, grads), stats
+    # Added up in place, also within a scan over blocks: else each micro-batch makes a gradient of its own first. In
+    # float32, since bfloat16 would lose small gradients.
+    params = optax.tree.cast(params, jnp.float32)
+    total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-    if len(batch.weight) == 1:  # nothing to add up, and no memory for it
-        grads, stats = jax.grad(loss, has_aux=True)(params, jax.tree.map(lambda x: x[0], batch))
-        return optax.tree.cast(grads, jnp.float32), stats
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # bfloat16 would lose small gradients
-    grads, stats = jax.lax.scan(add, zeros, batch)
-    return grads, add_stats(stats)
+    def add(_: None, micro: Batch) -> tuple[None, StepStats]:
+        pullback: Any  # whose type does not tell of its method
+        value, pullback, stats = jax.vjp(lambda params: loss(params, micro), params, has_aux=True)
+        pullback.with_refs(total)(jnp.ones_like(value))
+        return None, stats
+
+    _, stats = jax.lax.scan(add, None, batch)
+    return jax.tree.map(jax.freeze, total), add_stats(stats)
 
 
 def add_stats(parts: StepStats) -> StepStats:

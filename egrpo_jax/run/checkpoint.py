@@ -1,9 +1,9 @@
 """Checkpoints, which a kill at any moment leaves whole.
 
-A checkpoint is an Orbax directory `<step>/` with the items `state` (the arrays) and `meta` (JSON). `meta` also keeps a
-fingerprint of the state: the path, dtype, shape and checksum of every array. It tells the two ways in which a restore
-can fail apart (another model: the paths, dtypes or shapes differ; damage: anything else) and finds the damage that no
-file format notices. A checksum of `meta` itself is in it.
+A checkpoint is an Orbax directory `<iteration>/` with the items `state` (the arrays) and `meta` (JSON). Orbax calls the
+iteration a step. `meta` also keeps a fingerprint of the state: the path, dtype, shape and checksum of every array. It
+tells the two ways in which a restore can fail apart (another model: the paths, dtypes or shapes differ; damage:
+anything else) and finds the damage that no file format notices. A checksum of `meta` itself is in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from egrpo_jax.parallel import hosts
 from egrpo_jax.run.finishing import finishing
 
 PyTree = Any
+_Fingerprint = dict[str, list[Any]]
 
 # What Orbax and TensorStore raise for missing, truncated and garbled files, besides a bare Exception.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
@@ -71,11 +73,11 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.directory}: {error.strerror}") from error
 
-    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
-        """Copies `state` and writes it in the background; returns at once if `step` is already the newest.
+    def save(self, iteration: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+        """Copies `state` and writes it in the background; returns at once if `iteration` is already the newest.
 
         Args:
-          step: at least 0, larger than that of every earlier checkpoint.
+          iteration: at least 0, larger than that of every earlier checkpoint.
           state: arrays and numbers; PRNG keys as `jax.random.key_data`.
           meta: anything JSON can hold.
 
@@ -83,16 +85,18 @@ class Checkpoints:
           UserError: if the save before this one could not be written, e.g. on a full disk, or a number in `state` is
             not finite: nothing could go on from there.
         """
-        if step == self._manager.latest_step():
+        if iteration == self._manager.latest_step():
             return
         self.wait()
         if broken := _not_finite(state):
-            raise UserError(f"{self.directory}: no checkpoint of step {step} is written: {broken} is not finite")
+            raise UserError(
+                f"{self.directory}: no checkpoint of iteration {iteration} is written: {broken} is not finite"
+            )
         record = json.loads(json.dumps({"fingerprint": _fingerprint(state), "meta": dict(meta)}))
         record["crc32"] = _crc32(record)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
         with self._written():
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(iteration, args=items, force=True)
 
     def wait(self) -> None:
         """Returns once everything saved is on disk; raises UserError if it could not be written."""
@@ -102,6 +106,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and releases the threads. Raises UserError if the last save could not be written."""
         with finishing(self._manager.close):
+            if self._reader is not self._manager:
+                self._reader.close()
             self.wait()
 
     @contextlib.contextmanager
@@ -113,10 +119,10 @@ class Checkpoints:
             raise UserError(f"cannot write a checkpoint in {self.directory}: {cause}") from error
 
     def restore_latest(self, abstract: PyTree, partial: bool = False) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, as (step, state, meta), or None if there is none at all.
+        """The newest checkpoint that can be read, as (iteration, state, meta), or None if there is none at all.
 
-        Newer ones that are damaged are moved to `damaged-<step>-<n>`, once an older one has proved to be good; they
-        stay where all is only read.
+        Newer ones that are damaged are moved to `damaged-<iteration>-<n>`, once an older one has proved to be good;
+        they stay where all is only read.
 
         Args:
           abstract: the state's tree, of `jax.ShapeDtypeStruct` or of arrays. The result has its shardings; a struct
@@ -128,59 +134,57 @@ class Checkpoints:
         """
         target = jax.tree.map(_placed, abstract)
         failures: dict[int, Exception] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for iteration in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, meta = self._restore(step, target, partial)
+                state, meta = self._restore(iteration, target, partial)
             except _DamagedError as error:
-                failures[step] = error
+                failures[iteration] = error
                 continue
-            self._set_aside(failures, step)
-            return step, state, meta
+            self._set_aside(failures, iteration)
+            return iteration, state, meta
         if failures:
-            steps, cause = ", ".join(map(str, failures)), first_line(next(iter(failures.values())))
+            iterations, cause = ", ".join(map(str, failures)), first_line(next(iter(failures.values())))
             raise UserError(
-                f"every checkpoint in {self.directory} (steps {steps}) is damaged ({cause}); "
+                f"every checkpoint in {self.directory} (iterations {iterations}) is damaged ({cause}); "
                 "put a good copy there, or start over in another workdir"
             )
         return None
 
-    def _restore(self, step: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
-        with hosts.agreed(_DamagedError), _damage_told():  # a process reads its own part, and another's may be damaged
-            saved, state, meta = self._read(step, target, partial)
+    def _restore(self, iteration: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
+        with hosts.agreed(_DamagedError), _damage_told():
+            saved, state, meta = self._read(iteration, target, partial)
         found = _fingerprint(state)
         for path, entry in saved.items():
             if entry != found[path]:
                 raise _DamagedError(f"checksum of {path} differs")
         return state, meta
 
-    def _read(self, step: int, target: PyTree, partial: bool) -> tuple[dict[str, list[Any]], PyTree, dict[str, Any]]:
-        """The fingerprint, the state and `meta`, as they lie there."""
-        record = self._reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    def _read(self, iteration: int, target: PyTree, partial: bool) -> tuple[_Fingerprint, PyTree, dict[str, Any]]:
+        """The fingerprint that was saved, the state, of which a process reads its own part, and `meta`."""
+        record = self._reader.restore(iteration, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(record, dict) or record.pop("crc32", None) != _crc32(record):
             raise ValueError("checksum of meta differs")
         saved, wanted = record["fingerprint"], _layout(target)
         if partial:
             saved = {path: entry for path, entry in saved.items() if path in wanted}
-        _check_same_model(self.directory / str(step), saved, wanted)
+        _check_same_model(self.directory / str(iteration), saved, wanted)
         restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
-        state = self._reader.restore(step, args=ocp.args.Composite(state=restore)).state
+        state = self._reader.restore(iteration, args=ocp.args.Composite(state=restore)).state
         return saved, state, record["meta"]
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
-        for step, error in failures.items():
+        for iteration, error in failures.items():
+            found = f"warning: checkpoint {iteration} is damaged ({first_line(error)})"
             if self._read_only:
-                logging.warning("checkpoint %d is damaged (%s); step %d is read", step, first_line(error), restored)
+                print(f"{found}; iteration {restored} is read", file=sys.stderr)
                 continue
-            number = sum(1 for _ in self.directory.glob(f"damaged-{step}-*"))
-            aside = self.directory / f"damaged-{step}-{number}"
+            number = sum(1 for _ in self.directory.glob(f"damaged-{iteration}-*"))
+            aside = self.directory / f"damaged-{iteration}-{number}"
             hosts.meet()  # every process has counted
             if hosts.leads():
-                (self.directory / str(step)).rename(aside)
+                (self.directory / str(iteration)).rename(aside)
             self.damaged.append(aside)
-            logging.warning(
-                "checkpoint %d is damaged (%s); moved to %s, continuing from step %d",
-                step, first_line(error), aside, restored,
-            )  # fmt: skip
+            print(f"{found}; moved to {aside}, continuing from iteration {restored}", file=sys.stderr)
         if self.damaged:
             hosts.meet()
             self._manager.reload()

@@ -34,18 +34,18 @@ class MetricsWriter:
     was not. (W&B cannot take numbers back: there, repeated iterations keep the values they had first.)
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, wandb: bool = False):
+    def __init__(self, workdir: str | os.PathLike[str], resume_iteration: int | None, wandb: bool = False):
         """Opens the files for appending.
 
         Args:
           workdir: made if it does not exist.
-          resume_step: the last iteration that counts; what was written for later ones is dropped. None: a fresh
+          resume_iteration: the last iteration that counts; what was written for later ones is dropped. None: a fresh
             start, all is dropped.
 
         Raises:
           UserError: if the files cannot be read or written, or `wandb` is asked for and not installed.
         """
-        self._workdir, last = Path(workdir), -1 if resume_step is None else resume_step
+        self._workdir, last = Path(workdir), -1 if resume_iteration is None else resume_iteration
         path = self._workdir / "metrics.jsonl"
         kept = [line for line, values in _complete_lines(path) if values["iteration"] <= last]
         atomic_write(path, "".join(kept))
@@ -83,8 +83,8 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
-            place = error.filename or self._workdir
-            raise UserError(f"cannot write metrics in {place}: {error.strerror}") from error
+            path = error.filename or self._workdir
+            raise UserError(f"cannot write metrics in {path}: {error.strerror}") from error
 
 
 class TensorBoardWriter:
@@ -94,7 +94,10 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, first: int):
-        """Makes a file in `folder`, in place of all that others have from step `first` on. Raises OSError."""
+        """Makes a file in `folder`, for all from iteration `first` on, which hides what others have of that.
+
+        Raises OSError.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within one second from writing the same file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
@@ -102,10 +105,10 @@ class TensorBoardWriter:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Writes finite `values`; on disk when it returns. Raises OSError."""
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(Event(wall_time=time.time(), step=iteration, summary=summary))
 
     def close(self) -> None:
         """Closes the file."""

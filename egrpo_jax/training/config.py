@@ -26,12 +26,12 @@ class RewardsConfig:
     own.
 
     Attributes:
-      train: rewards that are trained on.
+      train: the training rewards, which the policy is to raise.
       weights: one weight for each of them; below 0 trains against it.
       combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
         weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
       clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
-      heldout: rewards that are measured beside them and nothing is trained on: the sight of reward hacking.
+      heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
         was for is left out of the update, and counted; "fail": the run saves and stops.
     """
@@ -78,6 +78,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_prompts(self.prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +135,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_prompts(self.prompts)
         if any(part in ("", ".", "..") for part in self.name.split("/")):
             raise ConfigError("name", self.name, "the name of a folder within runs/")
         rollout = self.prompts_per_rollout
         if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
             raise ConfigError("prompts_per_rollout", rollout, expected)
+
+
+def _check_prompts(source: str) -> None:
+    """Raises ConfigError for an empty name, which would stand for the folder that the program runs in."""
+    if not source:
+        raise ConfigError("prompts", source, "a built-in set or a file")
 
 
 def train_config(config: TrainConfig) -> ml_collections.ConfigDict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,6 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator
     checkpoints = Checkpoints(workdir / "checkpoints", job.config.checkpoint.keep)
     with finishing(checkpoints.close):
         progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
-        for damaged in checkpoints.damaged:
-            print(f"warning: a damaged checkpoint was moved to {damaged}", file=sys.stderr)
         if progress.iteration:
             print(f"resuming from iteration {progress.iteration}", flush=True)
         with contextlib.ExitStack() as files:

@@ -123,7 +123,7 @@ def kept_prompts(job: Job) -> list[str]:
 def before_after(job: Job, first: Evaluation, last: Evaluation) -> Image.Image:
     """Images of the first and the last evaluation: some evenly spread, and the largest gains where more are kept.
 
-    The gains are those of the first held-out reward, or of the first trained one where none is held out.
+    The gains are those of the first held-out reward, or of the first training reward where none is held out.
     """
     prompts = kept_prompts(job)
     indices = even_indices(len(job.evaluation_prompts), job.config.evaluation.kept)
@@ -159,9 +159,9 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
     )
     for name in job.rewards:
         change, width = numbers[f"eval/{name}/change"], numbers[f"eval/{name}/change_ci95"]
-        role = "trained" if name in config.rewards.train else "held out"
+        role = "train" if name in config.rewards.train else "held out"
         print(
-            f"  {name:18s} {role:9s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
+            f"  {name:18s} {role:8s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
             f"   {change:+.4f} ± {width:.4f}"
         )
     plots.reward_curve(

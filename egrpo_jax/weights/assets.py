@@ -30,7 +30,7 @@ Params = dict[str, Any]
 
 
 def asset_path(name: str) -> Path:
-    """The place of the file `name` among the package's assets, whether it is there or not."""
+    """The path of the file `name` among the package's assets, whether it is there or not."""
     return Path(__file__).parent.parent / "assets" / name
 
 

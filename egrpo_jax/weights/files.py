@@ -55,7 +55,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """The place of a tensor: `offset` in bytes from the beginning of `file`."""
+    """A tensor that is not read yet: it begins `offset` bytes after the beginning of `file`."""
 
     file: Path
     dtype: np.dtype
@@ -165,7 +165,7 @@ def _read_shards(folder: Path, shards: Sequence[str], known_from: str) -> dict[s
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The places of all tensors in one file. They follow one another without gaps, which the library has checked."""
+    """All tensors of one file. They follow one another without gaps, which the library has checked."""
     stored: dict[str, StoredTensor] = {}
     offset = _data_start(path)
     for name, type_name, shape in _described(path):

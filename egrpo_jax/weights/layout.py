@@ -44,7 +44,7 @@ LINEAR_SWAPPED = Form(lambda x: _swap_halves(x).T, lambda x: _swap_halves(x.T))
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array of our tree: its path, joined with '/', and its place on the leading axis of a stack of layers."""
+    """An array of our tree: its path, joined with '/', and its index on the leading axis of a stack of layers."""
 
     path: str
     layer: int | None = None

@@ -53,8 +53,8 @@ def export_lora(lora: Mapping[str, Any], scale: float, layout: Layout) -> dict[s
     tensors = {}
     for module, e in modules.items():
         if f"{_layer_path(e)}/a" in flat:
-            place = _place(e.leaves[0].layer)
-            a, b = (flat[f"{_layer_path(e)}/{name}"][place] for name in ("a", "b"))
+            index = _index(e.leaves[0].layer)
+            a, b = (flat[f"{_layer_path(e)}/{name}"][index] for name in ("a", "b"))
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(e.form.to_published(b * scale))
     return tensors
@@ -110,7 +110,7 @@ def _layer_path(e: Entry) -> str:
     return e.leaves[0].path.removesuffix("/kernel")
 
 
-def _place(layer: int | None) -> int | EllipsisType:
+def _index(layer: int | None) -> int | EllipsisType:
     """Index of a layer in arrays that may have an axis for a stack of layers."""
     return ... if layer is None else layer
 
@@ -149,6 +149,6 @@ def _stack(adapters: Mapping[int | None, Factors], kernel: tuple[int, ...]) -> P
         "b": np.zeros((*layers, rank, outputs), np.float32),
     }
     for layer, (a, b) in adapters.items():
-        pair["a"][_place(layer)][:, : a.shape[1]] = a
-        pair["b"][_place(layer)][: b.shape[0]] = b
+        pair["a"][_index(layer)][:, : a.shape[1]] = a
+        pair["b"][_index(layer)][: b.shape[0]] = b
     return pair

@@ -40,7 +40,7 @@ class AdapterConfig:
     """The scale of each module's adapter.
 
     Attributes:
-      source: how messages call the place that it was read from.
+      source: what messages call that which it was read from.
       alpha: of modules that no key of `alphas` fits.
       alphas: of single modules, by regular expressions for the ends of their names (PEFT's `alpha_pattern`).
       rank: of modules that no key of `ranks` fits; None if nothing is said.

@@ -129,7 +129,7 @@ def open_pickle(path: str | os.PathLike[str], key: str | None = None) -> TensorF
         state = _unpickle(path, _read(path, records, file, f"{root}/data.pkl"))
         tensors = _tensors(path, state, key)
         stored = {
-            name: _stored(path, name, tensor, *_place(path, records, file, f"{root}/data/{tensor.storage.record}"))
+            name: _stored(path, name, tensor, *_span(path, records, file, f"{root}/data/{tensor.storage.record}"))
             for name, tensor in tensors.items()
         }
     return TensorFiles(path, stored)
@@ -176,12 +176,12 @@ def _root(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> str:
 
 
 def _read(path: Path, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, name: str) -> bytes:
-    begin, end = _place(path, records, file, name)
+    begin, end = _span(path, records, file, name)
     file.seek(begin)
     return file.read(end - begin)
 
 
-def _place(path: Path, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, name: str) -> tuple[int, int]:
+def _span(path: Path, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, name: str) -> tuple[int, int]:
     """The bytes of the file, from and to, at which the record `name` lies."""
     if name not in records:
         raise UserError(f"{path} is damaged: it lacks {name}; download it again")

@@ -113,7 +113,7 @@ WIGGLE -= WIGGLE.mean()
 
 
 @pytest.mark.parametrize(
-    ("trained", "judged", "parted"),
+    ("risen", "judged", "parted"),
     [
         (0.1, -0.1, True),
         (0.1, 0.1, False),
@@ -122,17 +122,17 @@ WIGGLE -= WIGGLE.mean()
         (0.0001, -0.1, False),
     ],
 )
-def test_rewards_that_part_ways_are_reported(trained, judged, parted):
+def test_rewards_that_part_ways_are_reported(risen, judged, parted):
     history = [
         evaluation(0, weak=BASE, judge=BASE),
-        evaluation(10, weak=BASE + trained + WIGGLE, judge=BASE + judged - WIGGLE),
+        evaluation(10, weak=BASE + risen + WIGGLE, judge=BASE + judged - WIGGLE),
     ]
     warnings = parted_rewards(history, ["weak"], ["judge"])
     assert bool(warnings) == parted
     if parted:
         (line,) = warnings
-        assert "since iteration 0 the trained weak rose by 0.1000" in line
-        assert "the held-out judge fell by 0.1000" in line
+        assert "since iteration 0 the training reward weak rose by 0.1000" in line
+        assert "the held-out reward judge fell by 0.1000" in line
 
 
 def test_the_fall_is_counted_from_the_judges_best():

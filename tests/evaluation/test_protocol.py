@@ -23,17 +23,17 @@ def test_hash_is_that_of_a_text_file():
 
 def test_what_was_trained_on_is_what_the_run_says(tmp_path):
     config = TrainConfig(rewards=RewardsConfig(train=("emoji",)))
-    assert protocol.trained_rewards(config.rewards.train, None) == ("emoji",)
+    assert protocol.training_rewards(config.rewards.train, None) == ("emoji",)
     record_config(tmp_path, {"rewards": {"train": ["emoji_weak"]}})
-    assert protocol.trained_rewards(config.rewards.train, tmp_path) == ("emoji_weak",)
+    assert protocol.training_rewards(config.rewards.train, tmp_path) == ("emoji_weak",)
     with pytest.raises(UserError, match=r"found no config\.json"):
-        protocol.trained_rewards(config.rewards.train, tmp_path / "nothing")
+        protocol.training_rewards(config.rewards.train, tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        protocol.trained_rewards(config.rewards.train, tmp_path)
+        protocol.training_rewards(config.rewards.train, tmp_path)
     (tmp_path / "config.json").write_text('{"rewards": 3}')
     with pytest.raises(UserError, match=r"config\.json has no rewards\.train"):
-        protocol.trained_rewards(config.rewards.train, tmp_path)
+        protocol.training_rewards(config.rewards.train, tmp_path)
 
 
 def test_a_model_is_described_by_what_it_has():

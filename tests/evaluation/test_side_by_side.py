@@ -69,10 +69,10 @@ def test_scores_are_those_of_the_sampler_with_one_seed_a_sample():
         for model, params in enumerate([pipeline.load(mesh), toy.params(seed=5, width=12)]):
             for sample in range(3):
                 batches = sampler(params, PROMPTS, jax.random.key(7 + sample))
-                pictures = np.concatenate([images for _, images in batches])
+                joined = np.concatenate([images for _, images in batches])
                 scores = found.scores[model]["brightness"].values
                 assert scores.shape == (len(PROMPTS), 3)
-                np.testing.assert_allclose(scores[:, sample], toy.brightness(pictures, PROMPTS), atol=1e-6)
+                np.testing.assert_allclose(scores[:, sample], toy.brightness(joined, PROMPTS), atol=1e-6)
     assert found.resolution == (4, 4)
 
 
@@ -102,7 +102,7 @@ def test_lines_say_what_the_table_says():
     found = results(judged)
     lines = [json.loads(line) for line in score_lines(PROMPTS, found.scores).splitlines()]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in PROMPTS for s in (0, 1)]
-    for row in compare_all(found.scores, judged, trained=("redness",)):
+    for row in compare_all(found.scores, judged, train=("redness",)):
         assert row.missing == (1 if row.name == "gappy" else 0)
         base, tuned = ([line[model][row.name] for line in lines] for model in ("base", "tuned"))
         assert np.mean([value for value in base if value is not None]) == pytest.approx(row.base.mean, abs=1e-12)
@@ -113,9 +113,9 @@ def test_lines_say_what_the_table_says():
 
 def test_roles_and_diversity_are_columns():
     judged = judging(samples=2, features=corner, diversity="diversity (corner)")
-    rows = {row.name: row for row in compare_all(results(judged).scores, judged, trained=("redness",))}
+    rows = {row.name: row for row in compare_all(results(judged).scores, judged, train=("redness",))}
     assert {name: row.role for name, row in rows.items()} == {
-        "redness": "trained on",
+        "redness": "train",
         "brightness": "held out",
         "gappy": "held out",
         "diversity (corner)": "within a prompt",
@@ -127,7 +127,7 @@ def test_the_base_alone():
     judged = judging()
     found = results(judged, models=1)
     assert not found.pairs
-    assert all(row.change is None for row in compare_all(found.scores, judged, trained=()))
+    assert all(row.change is None for row in compare_all(found.scores, judged, train=()))
     assert "tuned" not in json.loads(score_lines(PROMPTS, found.scores).splitlines()[0])
 
 
@@ -136,14 +136,14 @@ def test_scoring_elsewhere_goes_on_while_the_tuned_model_samples():
     judged = Judging(checked(remote=reward), judge="remote")
     found = results(judged, batch=len(PROMPTS))
     assert reward.log == [("handed in", 0), ("handed in", 1), ("waited for", 0), ("waited for", 1)]
-    (row,) = compare_all(found.scores, judged, trained=())
+    (row,) = compare_all(found.scores, judged, train=())
     assert (row.prompts, row.missing) == (len(PROMPTS) - 1, 1)
     assert PROMPTS[-1] not in [shown.prompt for shown in found.pairs]
 
 
 def pair(number, gained):
-    picture = np.full((4, 4, 3), number, np.uint8)
-    return Pair(f"prompt {number}", (0.5, 0.5 + gained), (picture, picture))
+    image = np.full((4, 4, 3), number, np.uint8)
+    return Pair(f"prompt {number}", (0.5, 0.5 + gained), (image, image))
 
 
 def test_extremes_found_in_parts_are_those_of_all():
@@ -165,9 +165,9 @@ def test_images_of_the_largest_gains_and_losses(samples):
     assert found.pairs[0].prompt == PROMPTS[order[0]]
     assert found.pairs[-1].prompt == PROMPTS[order[-1]]
     for shown in found.pairs:
-        for side, picture in enumerate(shown.images):
+        for side, image in enumerate(shown.images):
             assert shown.scores[side] == scores[side][PROMPTS.index(shown.prompt)]
-            assert picture.mean() / 255 == pytest.approx(shown.scores[side], abs=1 / 255)
+            assert image.mean() / 255 == pytest.approx(shown.scores[side], abs=1 / 255)
     both = gains_and_losses(found.pairs, "brightness")
     gains = gains_and_losses([p for p in found.pairs if gain(p) > 0], "brightness")
     losses = gains_and_losses([p for p in found.pairs if gain(p) < 0], "brightness")
@@ -176,7 +176,7 @@ def test_images_of_the_largest_gains_and_losses(samples):
 
 def test_large_images_are_kept_small(monkeypatch):
     monkeypatch.setattr("egrpo_jax.evaluation.side_by_side._SHOWN_SIDE", 2)
-    assert {picture.shape for p in results(judging()).pairs for picture in p.images} == {(2, 2, 3)}
+    assert {image.shape for p in results(judging()).pairs for image in p.images} == {(2, 2, 3)}
 
 
 def infinite_for_trees(images, prompts):
@@ -187,7 +187,7 @@ def infinite_for_trees(images, prompts):
 def test_an_infinite_score_is_a_missing_one():
     judged = Judging(checked(infinite=infinite_for_trees), judge="infinite")
     found = results(judged)
-    (row,) = compare_all(found.scores, judged, trained=())
+    (row,) = compare_all(found.scores, judged, train=())
     assert (row.prompts, row.missing) == (len(PROMPTS) - 1, 1)
     lines = [json.loads(line) for line in score_lines(PROMPTS, found.scores).splitlines()]
     assert [line["prompt"] for line in lines if line["tuned"]["infinite"] is None] == ["tree"]

@@ -46,8 +46,8 @@ def test_the_same_scores_give_the_same_numbers():
 def test_comparison_by_hand():
     base = np.array([[1.0], [2.0], [3.0], [4.0]])
     tuned = np.array([[2.0], [2.0], [2.5], [6.0]])
-    row = compare("hps", "trained on", base, tuned)
-    assert (row.name, row.role, row.prompts, row.missing) == ("hps", "trained on", 4, 0)
+    row = compare("hps", "train", base, tuned)
+    assert (row.name, row.role, row.prompts, row.missing) == ("hps", "train", 4, 0)
     assert row.base.mean == 2.5
     assert row.tuned.mean == 3.125
     assert row.change.mean == 0.625

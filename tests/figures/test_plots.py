@@ -41,14 +41,14 @@ def size(path):
 
 def test_reward_curve(tmp_path, figures):
     plots.reward_curve(metrics(100), ["hps"], ["clip"], tmp_path / "curve.png")
-    trained, heldout = figures[0].axes
-    assert trained.get_title() == "hps (trained on)"
+    train, heldout = figures[0].axes
+    assert train.get_title() == "hps (train)"
     assert heldout.get_title() == "clip (held out)"
-    raw, smooth = trained.lines[:2]
+    raw, smooth = train.lines[:2]
     assert list(raw.get_ydata()) == [float(i % 2) for i in range(1, 101)]
     assert min(smooth.get_ydata()) > 0.3
     assert max(smooth.get_ydata()) < 0.7
-    (bars,) = trained.containers
+    (bars,) = train.containers
     low, high = bars.lines[2][0].get_segments()[1][:, 1]
     assert (low, high) == pytest.approx((0.65, 0.75))
     assert {axes.get_xlabel() for axes in figures[0].axes} == {"iteration"}

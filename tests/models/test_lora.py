@@ -203,7 +203,7 @@ def test_bfloat16_adapters_run_in_bfloat16():
     projections = [
         eqn
         for eqn in equations(program.jaxpr)
-        if eqn.primitive.name == "dot_general" and len(eqn.outvars[0].aval.shape) == 2
+        if eqn.primitive.name == "dot_general" and len(eqn.invars[1].aval.shape) == 2  # not attention
     ]
     assert len(projections) > 60
     assert {eqn.outvars[0].aval.dtype for eqn in projections} == {jnp.dtype(jnp.bfloat16)}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import chex
 import jax
@@ -327,15 +328,21 @@ def test_the_aesthetic_predictor_needs_the_clip_it_was_trained_on(folders):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resize_mode": "longest"}, "resize_mode is 'longest'; must be shortest or squash"),
-        ({"interpolation": "bilinear"}, "interpolation is 'bilinear'; must be bicubic"),
+        ({"resize_mode": "longest"}, 'resize_mode is "longest"; must be "shortest" or "squash"'),
+        ({"interpolation": "bilinear"}, 'interpolation is "bilinear"; must be "bicubic"'),
+        ({"mean": 0.5}, "mean is 0.5; must be a list of 3, each a finite number"),
+        ({"mean": [0.5, 0.5]}, "mean is [0.5, 0.5]; must be a list of 3, each a finite number"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "mean is [0.5, NaN, 0.5]; must be a list of 3, each a finite number"),
+        ({"std": [0.2, "0.2", 0.2]}, 'std is [0.2, "0.2", 0.2]; must be a list of 3, each a positive, finite number'),
+        ({"std": [0.2, 0.0, 0.2]}, "std is [0.2, 0.0, 0.2]; must be a list of 3, each a positive, finite number"),
     ],
 )
 def test_other_ways_of_preparing_images_are_refused(tmp_path, change, message):
     published = open_clip.CASES["gelu"].published
     published["preprocess_cfg"] |= change
     (tmp_path / "open_clip_config.json").write_text(json.dumps(published))
-    with pytest.raises(UserError, match=f"open_clip_config.json: {message}"):
+    line = f"{tmp_path}/open_clip_config.json: preprocess_cfg.{message}"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_reward("clip_score", scorers(tmp_path), MESH)
 
 

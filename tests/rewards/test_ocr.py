@@ -10,7 +10,7 @@ from egrpo_jax.rewards import load_reward
 from egrpo_jax.rewards.ocr import OcrReward, edit_distance, wanted_text
 
 
-def picture(text, size=(320, 96)):
+def written(text, size=(320, 96)):
     """`text` in black on white, [H, W, 3] in [0, 1]."""
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).text(
@@ -98,7 +98,7 @@ def test_rendered_text_is_read():
     pytest.importorskip("rapidocr")
     shown = ["HELLO", "cat 42", "New Hope", "HELLO", ""]
     prompts = [f'a sign that says "{text}"' for text in ("HELLO", "cat 42", "New Hope", "HALLO", "HELLO")]
-    images = np.stack([picture(text) for text in shown])
+    images = np.stack([written(text) for text in shown])
     reward = load_reward("ocr")
     scores = reward(images, prompts)
     np.testing.assert_allclose(scores.values, [1, 1, 1, 0.8, 0], atol=1e-6)
@@ -120,8 +120,8 @@ def test_rapidocr_gets_blue_first_and_its_lines_are_joined(monkeypatch):
     images = np.zeros((2, 8, 8, 3), np.float32)
     images[..., 0] = 1
     np.testing.assert_array_equal(load_reward("ocr")(images, ['"new hope"'] * 2).values, [1, 0])
-    params, *pictures = seen
+    params, *images = seen
     assert params["Det.limit_type"] == "max"
-    for picture in pictures:
-        assert picture.flags.c_contiguous
-        np.testing.assert_array_equal(picture[0, 0], [0, 0, 255])
+    for image in images:
+        assert image.flags.c_contiguous
+        np.testing.assert_array_equal(image[0, 0], [0, 0, 255])

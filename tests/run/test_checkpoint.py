@@ -43,7 +43,7 @@ def make_state(seed=0):
         "params": params,
         "optimizer": optimizer.init(params),
         "key": jax.random.key_data(jax.random.key(seed + 7)),
-        "step": jnp.int32(seed),
+        "iteration": jnp.int32(seed),
         "flags": jnp.array([True, False]),
         "nothing": None,
     }
@@ -58,11 +58,11 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A directory with good checkpoints of the steps 1 and 2."""
+    """A directory with good checkpoints of the iterations 1 and 2."""
     directory = tmp_path_factory.mktemp("good")
     checkpoints = Checkpoints(directory)
-    for step in (1, 2):
-        checkpoints.save(step, make_state(step), {"epoch": step, "rate": 0.1})
+    for iteration in (1, 2):
+        checkpoints.save(iteration, make_state(iteration), {"epoch": iteration, "rate": 0.1})
     checkpoints.close()
     return directory
 
@@ -85,8 +85,8 @@ def flip_bit(path):
 
 def test_restores_every_bit(good):
     checkpoints = Checkpoints(good)
-    step, state, meta = checkpoints.restore_latest(make_state())
-    assert (step, meta) == (2, {"epoch": 2, "rate": 0.1})
+    iteration, state, meta = checkpoints.restore_latest(make_state())
+    assert (iteration, meta) == (2, {"epoch": 2, "rate": 0.1})
     assert_same(state, make_state(2))
     assert checkpoints.damaged == []
 
@@ -103,11 +103,11 @@ def test_restores_into_an_abstract_template_with_its_shardings(good):
 
 
 def test_restores_a_part(good):
-    wanted = {"params": {"kernel": make_state()["params"]["kernel"]}, "step": jnp.int32(0)}
-    step, state, meta = Checkpoints(good).restore_latest(wanted, partial=True)
+    wanted = {"params": {"kernel": make_state()["params"]["kernel"]}, "iteration": jnp.int32(0)}
+    iteration, state, meta = Checkpoints(good).restore_latest(wanted, partial=True)
     expected = make_state(2)
-    assert_same(state, {"params": {"kernel": expected["params"]["kernel"]}, "step": expected["step"]})
-    assert (step, meta["epoch"]) == (2, 2)
+    assert_same(state, {"params": {"kernel": expected["params"]["kernel"]}, "iteration": expected["iteration"]})
+    assert (iteration, meta["epoch"]) == (2, 2)
     with pytest.raises(UserError, match=r"another model: params\.kernel is float32\[64, 32\] there, float32\[2\] here"):
         Checkpoints(good).restore_latest({"params": {"kernel": jnp.zeros(2)}}, partial=True)
     with pytest.raises(UserError, match=r"another model: params\.other is nothing there"):
@@ -128,8 +128,8 @@ def test_nothing_there(tmp_path):
 
 def test_keeps_the_newest_and_ignores_saving_one_twice(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3, 3):
-        checkpoints.save(step, {"x": jnp.arange(step)}, {})
+    for iteration in (1, 2, 3, 3):
+        checkpoints.save(iteration, {"x": jnp.arange(iteration)}, {})
     checkpoints.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
     with pytest.raises(ValueError, match="at least 2"):
@@ -148,56 +148,59 @@ def test_saving_does_not_see_later_changes(tmp_path):
 
 
 DAMAGE = {
-    "data truncated": lambda step: os.truncate(biggest(step), biggest(step).stat().st_size // 2),
-    "data deleted": lambda step: biggest(step).unlink(),
-    "data garbage": lambda step: biggest(step).write_bytes(b"garbage" * 100),
-    "data bit flipped": lambda step: flip_bit(biggest(step)),
-    "data emptied": lambda step: os.truncate(biggest(step), 0),
-    "manifest deleted": lambda step: (step / "state/manifest.ocdbt").unlink(),
-    "manifest garbage": lambda step: (step / "state/manifest.ocdbt").write_bytes(b"garbage"),
-    "tree truncated": lambda step: os.truncate(step / "state/_METADATA", 100),
-    "tree deleted": lambda step: (step / "state/_METADATA").unlink(),
-    "meta deleted": lambda step: (step / "meta/metadata").unlink(),
-    "meta not UTF-8": lambda step: (step / "meta/metadata").write_bytes(b"\xff\xfe"),
-    "meta other JSON": lambda step: (step / "meta/metadata").write_text("3"),
-    "meta bit flipped": lambda step: flip_bit(step / "meta/metadata"),
-    "state missing": lambda step: shutil.rmtree(step / "state"),
-    "all missing": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+    "data truncated": lambda folder: os.truncate(biggest(folder), biggest(folder).stat().st_size // 2),
+    "data deleted": lambda folder: biggest(folder).unlink(),
+    "data garbage": lambda folder: biggest(folder).write_bytes(b"garbage" * 100),
+    "data bit flipped": lambda folder: flip_bit(biggest(folder)),
+    "data emptied": lambda folder: os.truncate(biggest(folder), 0),
+    "manifest deleted": lambda folder: (folder / "state/manifest.ocdbt").unlink(),
+    "manifest garbage": lambda folder: (folder / "state/manifest.ocdbt").write_bytes(b"garbage"),
+    "tree truncated": lambda folder: os.truncate(folder / "state/_METADATA", 100),
+    "tree deleted": lambda folder: (folder / "state/_METADATA").unlink(),
+    "meta deleted": lambda folder: (folder / "meta/metadata").unlink(),
+    "meta not UTF-8": lambda folder: (folder / "meta/metadata").write_bytes(b"\xff\xfe"),
+    "meta other JSON": lambda folder: (folder / "meta/metadata").write_text("3"),
+    "meta bit flipped": lambda folder: flip_bit(folder / "meta/metadata"),
+    "state missing": lambda folder: shutil.rmtree(folder / "state"),
+    "all missing": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damage_falls_back(directory, damage, caplog):
+def test_damage_falls_back(directory, damage, capsys):
     damage(directory / "2")
     checkpoints = Checkpoints(directory)
-    step, state, meta = checkpoints.restore_latest(make_state())
-    assert (step, meta["epoch"]) == (1, 1)
+    iteration, state, meta = checkpoints.restore_latest(make_state())
+    assert (iteration, meta["epoch"]) == (1, 1)
     assert_same(state, make_state(1))
     assert [path.name for path in checkpoints.damaged] == ["damaged-2-0"]
-    warnings = [record for record in caplog.records if "is damaged" in record.getMessage()]
-    assert len(warnings) == 1
-    assert "\n" not in warnings[0].getMessage()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: checkpoint 2 is damaged (")
+    assert line.endswith(f"); moved to {directory}/damaged-2-0, continuing from iteration 1")
 
     checkpoints.save(2, make_state(5), {})
     checkpoints.wait()
-    step, state, _ = checkpoints.restore_latest(make_state())
-    assert step == 2
+    iteration, state, _ = checkpoints.restore_latest(make_state())
+    assert iteration == 2
     assert_same(state, make_state(5))
     assert (directory / "damaged-2-0").exists()
 
 
-def test_who_only_reads_changes_nothing(directory, caplog):
+def test_who_only_reads_changes_nothing(directory, capsys, caplog):
     """The run may be under way: what it is just writing is half written, and not a killed save's."""
     (directory / "3.orbax-checkpoint-tmp").mkdir()
     (directory / "2" / "_CHECKPOINT_METADATA").write_text("{")
     flip_bit(directory / "2/meta/metadata")
     before = sorted(directory.rglob("*"))
     with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
-        step, state, _ = checkpoints.restore_latest(make_state())
-    assert step == 1
+        iteration, state, _ = checkpoints.restore_latest(make_state())
+    assert iteration == 1
     assert_same(state, make_state(1))
     assert sorted(directory.rglob("*")) == before
-    assert [record.getMessage()[:23] for record in caplog.records] == ["checkpoint 2 is damaged"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: checkpoint 2 is damaged (")
+    assert line.endswith("); iteration 1 is read")
+    assert not caplog.records
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         checkpoints.restore_latest(make_state())
         checkpoints.save(4, make_state(4), {})
@@ -216,8 +219,8 @@ def test_damaged_twice_keeps_both(directory):
 
 
 def test_all_damaged_is_never_a_fresh_start(directory):
-    for step in ("1", "2"):
-        biggest(directory / step).unlink()
+    for iteration in ("1", "2"):
+        biggest(directory / iteration).unlink()
     for _ in range(2):  # nothing is moved, so a restart says the same
         with pytest.raises(UserError, match=f"every checkpoint in {directory} .*2, 1.* damaged"):
             Checkpoints(directory).restore_latest(make_state())
@@ -226,8 +229,8 @@ def test_all_damaged_is_never_a_fresh_start(directory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": jnp.zeros(2, jnp.int32)}, r"step is int32\[\] there, int32\[2\] here"),
-        ({"step": jnp.float32(0)}, r"step is int32\[\] there, float32\[\] here"),
+        ({"iteration": jnp.zeros(2, jnp.int32)}, r"iteration is int32\[\] there, int32\[2\] here"),
+        ({"iteration": jnp.float32(0)}, r"iteration is int32\[\] there, float32\[\] here"),
         ({"extra": jnp.zeros(2)}, r"extra is nothing there, float32\[2\] here"),
         ({"params": {"frozen": jnp.zeros((3, 4), jnp.bfloat16)}}, r"params.kernel is float32\[64, 32\] there, nothing"),
     ],
@@ -267,9 +270,9 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"params": {"w": jnp.ones(3, dtype)}, "step": 1}, {})
-    broken = {"params": {"w": jnp.ones(3, dtype).at[1].set(value)}, "step": 2}
-    with pytest.raises(UserError, match=r"no checkpoint of step 2 is written: params\.w is not finite"):
+    checkpoints.save(1, {"params": {"w": jnp.ones(3, dtype)}, "iteration": 1}, {})
+    broken = {"params": {"w": jnp.ones(3, dtype).at[1].set(value)}, "iteration": 2}
+    with pytest.raises(UserError, match=r"no checkpoint of iteration 2 is written: params\.w is not finite"):
         checkpoints.save(2, broken, {})
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -316,13 +319,13 @@ KILLED = """
 import itertools, sys
 import jax.numpy as jnp
 from egrpo_jax.run.checkpoint import Checkpoints
-state = lambda step: {str(leaf): jnp.full((256, 1024), step + leaf, jnp.float32) for leaf in range(4)}
+state = lambda iteration: {str(leaf): jnp.full((256, 1024), iteration + leaf, jnp.float32) for leaf in range(4)}
 checkpoints = Checkpoints(sys.argv[1])
 found = checkpoints.restore_latest(state(0))
 start = found[0] if found else 0
-for step in itertools.count(start + 1):
-    checkpoints.save(step, state(step), {"step": step})
-    if step == start + 2:
+for iteration in itertools.count(start + 1):
+    checkpoints.save(iteration, state(iteration), {"iteration": iteration})
+    if iteration == start + 2:
         print("ready", flush=True)
 """
 
@@ -344,11 +347,11 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
         child.stdout.close()
         template = {str(leaf): jnp.zeros((256, 1024)) for leaf in range(4)}
         checkpoints = Checkpoints(tmp_path)
-        step, state, meta = checkpoints.restore_latest(template)
+        iteration, state, meta = checkpoints.restore_latest(template)
         checkpoints.close()
-        assert step > newest
-        assert meta == {"step": step}
+        assert iteration > newest
+        assert meta == {"iteration": iteration}
         assert checkpoints.damaged == []
-        assert all(np.all(state[str(leaf)] == step + leaf) for leaf in range(4))
+        assert all(np.all(state[str(leaf)] == iteration + leaf) for leaf in range(4))
         assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
-        newest = step
+        newest = iteration

@@ -16,15 +16,15 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.run.metrics import MetricsWriter, read_metrics
 
 
-def write_run(workdir, resume_step, iterations):
-    writer = MetricsWriter(workdir, resume_step)
+def write_run(workdir, resume_iteration, iterations):
+    writer = MetricsWriter(workdir, resume_iteration)
     for iteration in iterations:
         writer.write(iteration, {"reward/hps/mean": iteration / 7, "loss": np.float32(iteration)})
     writer.close()
 
 
 def tensorboard_points(workdir):
-    """{(name, step): value} as TensorBoard shows it: a START record hides what came before with its step or later."""
+    """{(name, iteration): value} as TensorBoard shows it: a START hides what came before of its iteration on."""
     points = {}
     for path in sorted((workdir / "tb").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         content, offset = path.read_bytes(), 0
@@ -54,10 +54,10 @@ def test_a_fresh_start_drops_everything(tmp_path):
     write_run(tmp_path, None, range(3))
     write_run(tmp_path, None, range(1))
     assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
-    assert {step for _, step in tensorboard_points(tmp_path)} == {0}
+    assert {iteration for _, iteration in tensorboard_points(tmp_path)} == {0}
 
 
-def test_resuming_from_step_zero_keeps_it(tmp_path):
+def test_resuming_from_iteration_zero_keeps_it(tmp_path):
     write_run(tmp_path, None, range(3))
     write_run(tmp_path, 0, [1])
     assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
@@ -140,8 +140,8 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
 def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for step in (None, 1):
-        writer = MetricsWriter(tmp_path, step, wandb=True)
+    for resume_iteration in (None, 1):
+        writer = MetricsWriter(tmp_path, resume_iteration, wandb=True)
         writer.write(1, {"loss": 2.0})
         writer.close()
     first, second = wandb.init.call_args_list

@@ -1,4 +1,4 @@
-"""The API "scores": plain HTTP between a training run and a scorer, for both ends.
+"""The API "scores": plain HTTP between a training run and a reward, for both ends.
 
 POST of `{"images": [PNG in base64, ...], "prompts": [text, ...]}`, both of one length B; the answer is
 `{"scores": [number, ...]}`, the score of each image in the same order, null for one that has none.

@@ -1,4 +1,4 @@
-"""A server for one scorer and many clients.
+"""A server for one reward and many clients.
 
 Waitress speaks HTTP for it: no other package comes with it (with uvicorn and aiohttp four to nine), it reads requests
 in one loop, so that a silent client holds no thread up, and keeps those that wait their turn on disk.
@@ -46,7 +46,7 @@ class BadRequest(Exception):
 
 
 class ScoreServer:
-    """One scorer for many clients: it scores one request at a time, and holds few in memory.
+    """One reward for many clients: it scores one request at a time, and holds few in memory.
 
     Attributes:
       port: where it listens.
@@ -99,7 +99,7 @@ class ScoreServer:
             return HTTPStatus.OK, {"scores": self._scores(_body(environ))}
         except BadRequest as error:
             status, message = error.status, str(error)
-        except Exception as error:  # the scorer's: this request has no scores, the next may
+        except Exception as error:  # the reward's: this request has no scores, the next may
             traceback.print_exc()
             status, message = HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}"
         line = " ".join(message.split())
@@ -110,7 +110,7 @@ class ScoreServer:
         """The scores for the request `body`, None for one that did not come.
 
         Raises:
-          BadRequest: it is not as the API has it, or the scorer cannot use its images or prompts.
+          BadRequest: it is not as the API has it, or the reward cannot use its images or prompts.
         """
         try:
             images, prompts = read_request(json.loads(body))

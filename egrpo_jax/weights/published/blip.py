@@ -10,7 +10,7 @@ IGNORED = (r"blip\.text_encoder\.embeddings\.position_ids", r"blip\.(vision|text
 
 _WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 _HEAD = (0, 2, 4, 6, 7)
-"""Places of the linear layers among those of the published head; the others are dropout."""
+"""Numbers of the linear layers among those of the published head; the others are dropout."""
 
 
 def blip_layout(config: BlipConfig) -> Layout:
@@ -68,5 +68,5 @@ def _attention(name: str, path: str) -> Layout:
 
 
 def _head(config: BlipConfig) -> Layout:
-    places = zip(_HEAD, range(len(config.head)), strict=True)
-    return tuple(e for place, index in places for e in linear(f"mlp.layers.{place}", f"head_{index}"))
+    numbers = zip(_HEAD, range(len(config.head)), strict=True)
+    return tuple(e for number, index in numbers for e in linear(f"mlp.layers.{number}", f"head_{index}"))

@@ -1,4 +1,4 @@
-"""A scorer on another machine, and a reward here that takes its scores from there."""
+"""A reward on another machine, and one here that takes its scores from there."""
 
 import base64
 import contextlib
@@ -170,7 +170,7 @@ def test_another_path_and_a_missing_length_are_refused():
         connection.close()
 
 
-def test_what_the_scorer_cannot_use_is_the_clients_fault(capsys):
+def test_what_the_reward_cannot_use_is_the_clients_fault(capsys):
     def picky(_, prompts):
         raise UserError(f"no text in quotes in {prompts[0]!r}")
 
@@ -181,7 +181,7 @@ def test_what_the_scorer_cannot_use_is_the_clients_fault(capsys):
     assert "no text in quotes in 'prompt 0'" in capsys.readouterr().err
 
 
-def test_a_scorer_that_fails_once_goes_on(capsys):
+def test_a_reward_that_fails_once_goes_on(capsys):
     scores = iter([RuntimeError("out of\nmemory"), np.array([7.0])])
 
     def sometimes(*_):
