@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import socket
 import sys
 import threading
 import zlib
@@ -84,7 +85,20 @@ def _check(given: Mapping[str, Any]) -> bool:
         raise UserError(f"--coordinator: found {coordinator!r}, expected HOST:PORT of the process 0")
     if not 0 <= number < count:
         raise UserError(f"--process_id: found {number}, expected 0 to {count - 1}, as there are {count} processes")
+    if number == 0:
+        _check_free(int(port))
     return True
+
+
+def _check_free(port: int) -> None:
+    """Raises UserError unless the process 0 can listen at `port`: JAX may crash then."""
+    dual = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        ).close()
+    except OSError as error:
+        raise UserError(f"--coordinator: cannot listen at port {port}: {error.strerror}; choose a free one") from error
 
 
 def _has_neighbours(environment: Mapping[str, str]) -> bool:
@@ -108,7 +122,7 @@ def _give_up(coordinator: str | None) -> None:
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Tells if there are other processes."""
     return jax.process_count() > 1
 
 
