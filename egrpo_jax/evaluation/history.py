@@ -59,7 +59,8 @@ def evaluate(
         scores = {name: Scores.join([part[name]() for part in pending]) for name in rewards}
     own = np.concatenate(places)
     images = hosts.total_rows(np.concatenate(shown), np.flatnonzero(np.isin(indices, own)), len(indices))
-    return Evaluation(iteration, hosts.total_rows(scores, own, len(prompts)), images)
+    whole = hosts.total_rows(scores, own, len(prompts))
+    return Evaluation(iteration, {name: whole[name] for name in rewards}, images)  # a pytree sorts its keys
 
 
 def even_indices(num_prompts: int, most: int) -> np.ndarray:

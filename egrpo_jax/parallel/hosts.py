@@ -98,7 +98,8 @@ def _check_free(port: int) -> None:
             ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
         ).close()
     except OSError as error:
-        raise UserError(f"--coordinator: cannot listen at port {port}: {error.strerror}; choose a free one") from error
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"--coordinator: cannot listen at port {port}: {why}; choose a free one") from error
 
 
 def _has_neighbours(environment: Mapping[str, str]) -> bool:
