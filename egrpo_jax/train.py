@@ -15,8 +15,8 @@ from absl import flags
 
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.parallel import hosts
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError
 from egrpo_jax.training.loop import train
 
 FLAGS = flags.FlagValues()
@@ -27,15 +27,29 @@ WORKDIR = flags.DEFINE_string(
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a workdir that was made with another config.", flag_values=FLAGS
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes that nothing else tells of one another: HOST:PORT of the process 0.",
+    flag_values=FLAGS,
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator: processes in all.", lower_bound=1, flag_values=FLAGS
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator: the number of this process, from 0.", lower_bound=0, flag_values=FLAGS
+)
 
 
 def main() -> None:
     """Trains, and tells how it ended."""
     config = from_config_dict(TrainConfig, CONFIG.value)
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
-        signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
-    except (MissingScoreError, NotFiniteError) as error:
+        with hosts.together():
+            signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
+    except hosts.SharedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if signal_number is not None:

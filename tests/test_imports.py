@@ -15,7 +15,7 @@ ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "rl": "common flow",
     "parallel": "common",
     "figures": "common flow",
-    "run": "common",
+    "run": "common parallel",
     "data": "common",
     "weights": "common models",
     "text": "common models weights",

@@ -17,7 +17,8 @@ from egrpo_jax.common.errors import UserError, first_line
 from egrpo_jax.common.images import to_display
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.evaluation.statistics import paired_change
-from egrpo_jax.rewards import CheckedReward, Pending, Scores
+from egrpo_jax.parallel import hosts
+from egrpo_jax.rewards import CheckedReward, Pending, RewardError, Scores
 
 
 class Evaluation(NamedTuple):
@@ -42,17 +43,24 @@ def evaluate(
     Raises:
       UserError: no image of a batch is finite, or a reward cannot score them.
     """
-    indices = set(even_indices(len(prompts), kept).tolist())
+    indices, mesh = even_indices(len(prompts), kept), jax.sharding.get_mesh()
+    places: list[np.ndarray] = []
     pending: list[dict[str, Pending[Scores]]] = []
     shown: list[np.ndarray] = []
     with tqdm(total=len(prompts), desc="evaluate", unit="image", leave=False, disable=None) as bar:
-        for first, images in sampler(params, prompts, key):
-            part = prompts[first : first + len(images)]
-            pending.append({name: reward.start(images, part) for name, reward in rewards.items()})
-            shown.append(to_display(images[[row for row in range(len(images)) if first + row in indices]]))
+        for own, images in sampler.own(params, prompts, key):
+            part = [prompts[place] for place in own]
+            with hosts.agreed(RewardError), hosts.alone(mesh):
+                pending.append({name: reward.start(images, part) for name, reward in rewards.items()})
+            shown.append(to_display(images[np.isin(own, indices)]))
+            places.append(own)
             bar.update(len(images))
-    scores = {name: Scores.join([part[name]() for part in pending]) for name in rewards}
-    return Evaluation(iteration, scores, np.concatenate(shown))
+    with hosts.agreed(RewardError):
+        scores = {name: Scores.join([part[name]() for part in pending]) for name in rewards}
+    own = np.concatenate(places)
+    images = hosts.total_rows(np.concatenate(shown), np.flatnonzero(np.isin(indices, own)), len(indices))
+    whole = hosts.total_rows(scores, own, len(prompts))
+    return Evaluation(iteration, {name: whole[name] for name in rewards}, images)  # a pytree sorts its keys
 
 
 def even_indices(num_prompts: int, most: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.images import finite_images, to_uint8
 from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.solver import solve
+from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
 from egrpo_jax.pipelines import Pipeline
@@ -40,7 +41,15 @@ class Sampler:
     def __call__(
         self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Batches of images `[B, H, W, 3]` in [0, 1], each with the index of its first one.
+        """Batches of images `[B, H, W, 3]` in [0, 1], each with the index of its first one, in a process that is alone;
+        see `own`."""
+        for places, images in self.own(params, prompts, key, first):
+            yield int(places[0]), images
+
+    def own(
+        self, params: Any, prompts: Sequence[str], key: jax.Array, first: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """This process's images `[B, H, W, 3]` in [0, 1] of each batch, and their indices `[B]`.
 
         A prompt's noise depends on `key` and its index alone, which is counted from `first` on.
 
@@ -52,10 +61,12 @@ class Sampler:
             # One shape for all batches: the last one is filled up, and cut off again.
             filled = part + part[-1:] * (self._batch - len(part))
             keys = prompt_keys(key, first + start, self._batch)
-            images = np.asarray(self._sample(params, keys, self._pipeline.encode(filled)))[: len(part)]
-            if not finite_images(images).any():
+            rows, own = hosts.own_rows(self._sample(params, keys, self._pipeline.encode(filled)))
+            rows = rows[rows < len(part)]
+            images = np.asarray(own)[: len(rows)]
+            if not hosts.largest(int(finite_images(images).any())):
                 raise _not_finite(part[0])
-            yield first + start, images
+            yield first + start + rows, images
 
 
 def pixels(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import partition, path_name
 from egrpo_jax.flow.solver import VelocityFn
+from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.rules import Rules, with_shardings
 
 
@@ -28,7 +29,8 @@ class Pipeline:
       read: gives the parameters. It takes `abstract_params`, each leaf with its sharding, without the top-level entries
         that are not needed, and returns a tree with these leaves: arrays of NumPy or JAX, new ones at each call. Leaves
         that it has more are left out. Large ones are best read straight to where they belong.
-      encode: prompts to the conditioning, a pytree with leading axis B; called under the mesh that is set.
+      encode: prompts to the conditioning, a pytree with leading axis B; called under the mesh that is set, by all
+        processes of a run alike.
       decode: `(params, latents[B, N, D])`, the latents at t = 0, to images `[B, H, W, 3]` in [0, 1]; traceable.
       latents_shape: (N, D).
       rules: how the parameters are sharded; by default they are replicated. Inside `velocity` and `decode` those that
@@ -122,7 +124,7 @@ def _laid_out(path: str, wanted: jax.ShapeDtypeStruct, found: dict[str, Any]) ->
             f"the pipeline's read gives {what} for the parameter {path}, its abstract_params say "
             f"{wanted.dtype}{list(wanted.shape)}"
         )
-    return jax.device_put(array, wanted.sharding)
+    return hosts.on_all(array, wanted.sharding)
 
 
 class PromptEncoder(Protocol):

@@ -78,7 +78,7 @@ class CheckedReward:
         if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need images [{len(prompts)}, H, W, 3], found {images.shape}")
         finite = np.asarray(finite_images(images))
-        if finite.all():
+        if len(finite) and finite.all():
             return self._start(images, prompts)
         rows = np.flatnonzero(finite).tolist()
         numbers = np.full(len(finite), math.nan, np.float32)

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from egrpo_jax.common.errors import UserError, first_line, last_cause
+from egrpo_jax.parallel import hosts
 from egrpo_jax.run.finishing import finishing
 
 PyTree = Any
+_Fingerprint = dict[str, list[Any]]
 
 # What Orbax and TensorStore raise for missing, truncated and garbled files, besides a bare Exception.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
@@ -37,6 +38,10 @@ _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
 _TOLD = re.compile(r"_SignalingThread\.run\(\) raised|Metadata file")
 logging.get_absl_logger().addFilter(lambda record: not _TOLD.search(record.getMessage()))
 _NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED")
+
+
+class _DamagedError(UserError):
+    """A checkpoint is damaged."""
 
 
 class Checkpoints:
@@ -64,6 +69,7 @@ class Checkpoints:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._reader = self._manager if not hosts.several() else _own_reader(self.directory)
         except OSError as error:
             raise UserError(f"cannot write checkpoints in {self.directory}: {error.strerror}") from error
 
@@ -100,6 +106,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and releases the threads. Raises UserError if the last save could not be written."""
         with finishing(self._manager.close):
+            if self._reader is not self._manager:
+                self._reader.close()
             self.wait()
 
     @contextlib.contextmanager
@@ -129,9 +137,7 @@ class Checkpoints:
         for iteration in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, meta = self._restore(iteration, target, partial)
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
+            except _DamagedError as error:
                 failures[iteration] = error
                 continue
             self._set_aside(failures, iteration)
@@ -145,20 +151,26 @@ class Checkpoints:
         return None
 
     def _restore(self, iteration: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
-        record = self._manager.restore(iteration, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        with hosts.agreed(_DamagedError), _damage_told():
+            saved, state, meta = self._read(iteration, target, partial)
+        found = _fingerprint(state)
+        for path, entry in saved.items():
+            if entry != found[path]:
+                raise _DamagedError(f"checksum of {path} differs")
+        return state, meta
+
+    def _read(self, iteration: int, target: PyTree, partial: bool) -> tuple[_Fingerprint, PyTree, dict[str, Any]]:
+        """The fingerprint that was saved, the state, of which a process reads its own part, and `meta`."""
+        record = self._reader.restore(iteration, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(record, dict) or record.pop("crc32", None) != _crc32(record):
             raise ValueError("checksum of meta differs")
-        saved, meta, wanted = record["fingerprint"], record["meta"], _layout(target)
+        saved, wanted = record["fingerprint"], _layout(target)
         if partial:
             saved = {path: entry for path, entry in saved.items() if path in wanted}
         _check_same_model(self.directory / str(iteration), saved, wanted)
         restore = _partial_restore(target) if partial else ocp.args.StandardRestore(target)
-        state = self._manager.restore(iteration, args=ocp.args.Composite(state=restore)).state
-        found = _fingerprint(state)
-        for path, entry in saved.items():
-            if entry != found[path]:
-                raise ValueError(f"checksum of {path} differs")
-        return state, meta
+        state = self._reader.restore(iteration, args=ocp.args.Composite(state=restore)).state
+        return saved, state, record["meta"]
 
     def _set_aside(self, failures: Mapping[int, Exception], restored: int) -> None:
         for iteration, error in failures.items():
@@ -168,19 +180,37 @@ class Checkpoints:
                 continue
             number = sum(1 for _ in self.directory.glob(f"damaged-{iteration}-*"))
             aside = self.directory / f"damaged-{iteration}-{number}"
-            multihost_utils.sync_global_devices(f"damaged-{iteration}")  # every process has counted
-            if jax.process_index() == 0:
+            hosts.meet()  # every process has counted
+            if hosts.leads():
                 (self.directory / str(iteration)).rename(aside)
             self.damaged.append(aside)
             print(f"{found}; moved to {aside}, continuing from iteration {restored}", file=sys.stderr)
         if self.damaged:
-            multihost_utils.sync_global_devices("damaged")
+            hosts.meet()
             self._manager.reload()
 
 
 def _partial_restore(target: PyTree) -> ocp.args.CheckpointArgs:
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+
+
+def _own_reader(directory: Path) -> ocp.CheckpointManager:
+    """A manager that reads in this process alone: the usual one waits for processes whose part could not be read."""
+    own = hosts.own_number()
+    alone = ocp.options.MultiprocessingOptions(own, {own}, f"reader {own}")
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(directory, options=options)
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise _DamagedError(first_line(error)) from error
 
 
 def _is_damage(error: Exception) -> bool:

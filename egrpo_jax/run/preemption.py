@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import tqdm
 
+from egrpo_jax.parallel import hosts
+
 GRACE = 2.0
 """Seconds in which a process that is to end at once may leave its blocks: a compilation would hold it for minutes."""
 _TIMES = 20
@@ -65,6 +67,13 @@ class PreemptionGuard:
             yield
         finally:
             self._iterating = False
+
+    def agree(self) -> int | None:
+        """The signal that this or another process of the run was sent; the same for all of them, which all ask."""
+        number = hosts.largest(self.requested or 0) or None
+        if number is not None:
+            self.requested = number
+        return number
 
     def _listen(self) -> None:
         while self._ending is None and (byte := os.read(self._heard, 1)):

@@ -13,7 +13,8 @@ import numpy as np
 from egrpo_jax.common.images import finite_images
 from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
-from egrpo_jax.rewards import Pending, Scores
+from egrpo_jax.parallel import hosts
+from egrpo_jax.rewards import Pending, RewardError, Scores
 from egrpo_jax.rl.advantage import complete_groups, credit
 from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.rollout import Transitions, prompt_keys
@@ -25,11 +26,11 @@ from egrpo_jax.training.phases import Phases
 from egrpo_jax.training.state import Progress
 
 
-class MissingScoreError(RuntimeError):
+class MissingScoreError(hosts.SharedError):
     """A score never came, and the config says to stop then."""
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(hosts.SharedError):
     """The policy has diverged: its images, or too many updates in a row, were not finite."""
 
 
@@ -62,7 +63,8 @@ def run_iteration(
     config, iteration = job.config, progress.iteration
     count = config.prompts_per_iteration
     prompts = prompts_at(job.prompts, config.seed, progress.position, count)
-    conditioning = job.pipeline.encode(prompts)
+    with hosts.agreed():
+        conditioning = job.pipeline.encode(prompts)
     keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
 
     samples = sample_and_score(job, phases, combine(progress.state.params, frozen), prompts, conditioning, keys, timer)
@@ -93,7 +95,7 @@ def sample_and_score(
 ) -> Samples:
     """Rolls out `prompts_per_rollout` prompts after another; scoring in the background goes on meanwhile."""
     at_once = job.config.prompts_per_rollout or len(prompts)
-    transitions, finite, pending = [], [], []
+    transitions, parts = [], []
     for first in range(0, len(prompts), at_once):
         rows = slice(first, first + at_once)
         with timer.phase("rollout"):
@@ -101,38 +103,70 @@ def sample_and_score(
             rollout = jax.block_until_ready(phases.rollout(params, *inputs))
         with timer.phase("decode"):
             images = jax.block_until_ready(phases.decode(params, rollout.latents))
-        with timer.phase("reward"):
-            pending.append(_hand_in(job, phases.tails, images, prompts[rows]))
+        with timer.phase("reward"), hosts.agreed(RewardError):
+            parts.append(_hand_in(job, phases.tails, images, prompts[rows]))
         transitions.append(rollout.transitions)
-        finite.append(np.asarray(finite_images(images)))
+    with timer.phase("reward"):
+        with hosts.agreed(RewardError):
+            own = [_wait(part, len(phases.tails.sample)) for part in parts]
+        judged = hosts.total(own)
     shape = (at_once, len(job.plan.branches), len(job.plan.tail_strides), job.plan.group_size)
     in_order = lambda parts: np.concatenate([_in_order(part, phases.tails, shape) for part in parts])
-    with timer.phase("reward"):
-        names = job.config.rewards.train, job.config.rewards.heldout
-        trained, heldout = ({name: [part[name]() for part in pending] for name in group} for group in names)
+    of = lambda name: [part.scores[name] for part in judged]
+    seen = _scored(job, phases.tails, train=False)
+    only_seen = lambda scores: Scores(scores.values[seen], scores.came[seen])
     return Samples(
         transitions=jax.tree.map(lambda *parts: jnp.concatenate(parts), *transitions),
-        scores={name: Scores(*map(in_order, zip(*parts, strict=True))) for name, parts in trained.items()},
-        heldout={name: Scores.join(parts).mean() for name, parts in heldout.items()},
-        finite=in_order([part[phases.tails.sample >= 0] for part in finite]),
+        scores={name: Scores(*map(in_order, zip(*of(name), strict=True))) for name in job.config.rewards.train},
+        heldout={name: Scores.join([*map(only_seen, of(name))]).mean() for name in job.config.rewards.heldout},
+        finite=in_order([part.finite for part in judged]),
     )
 
 
-def _hand_in(job: Job, tails: Tails, images: chex.Array, prompts: Sequence[str]) -> dict[str, Pending[Scores]]:
-    """Begins to score the images of all branches of `prompts`; by held-out rewards, the first of each group."""
+class _HandedIn(NamedTuple):
+    """Images of a rollout that this process has handed in: for each reward, which of all rows, and their scores."""
+
+    finite: np.ndarray
+    rows: np.ndarray
+    pending: dict[str, tuple[np.ndarray, Pending[Scores]]]
+
+
+class _Judged(NamedTuple):
+    """Of all M images of a rollout, in the order of its tails: if they are finite, `[M]`, and their scores."""
+
+    finite: np.ndarray
+    scores: dict[str, Scores]
+
+
+def _scored(job: Job, tails: Tails, train: bool) -> np.ndarray:
+    """Which images of a rollout are scored: all, or by held-out rewards the first of each group."""
     real, first = tails.sample >= 0, tails.sample % job.plan.group_size == 0
-    chosen = {name: real if name in job.config.rewards.train else real & first for name in job.rewards}
-    shown = np.array(prompts, object)[tails.sample // job.plan.decodes]
-    return {
-        name: reward.start(images if chosen[name].all() else images[chosen[name]], list(shown[chosen[name]]))
-        for name, reward in job.rewards.items()
-    }
+    return real if train else real & first
+
+
+def _hand_in(job: Job, tails: Tails, images: jax.Array, prompts: Sequence[str]) -> _HandedIn:
+    """Begins to score the images of `prompts` that this process's devices have made."""
+    rows, own = hosts.own_rows(images)
+    shown = np.array(prompts, object)[tails.sample[rows] // job.plan.decodes]
+    pending = {}
+    with hosts.alone(jax.sharding.get_mesh()):
+        for name, reward in job.rewards.items():
+            chosen = _scored(job, tails, name in job.config.rewards.train)[rows]
+            scores = reward.start(own if chosen.all() else own[chosen], list(shown[chosen]))
+            pending[name] = rows[chosen], scores
+        return _HandedIn(np.asarray(finite_images(own)), rows, pending)
+
+
+def _wait(part: _HandedIn, count: int) -> _Judged:
+    """What is known of all `count` images once this process's own are scored."""
+    scores = {name: hosts.placed(pending(), rows, count) for name, (rows, pending) in part.pending.items()}
+    return _Judged(hosts.placed(part.finite, part.rows, count), scores)
 
 
 def _in_order(values: np.ndarray, tails: Tails, shape: tuple[int, ...]) -> np.ndarray:
     """`values` of a rollout's images, in the order of `tails`, by the sample that each is of: `shape` (P, E, R, G)."""
-    ordered = np.empty(shape, values.dtype)
-    ordered.ravel()[tails.sample[tails.sample >= 0]] = values
+    ordered, real = np.empty(shape, values.dtype), tails.sample >= 0
+    ordered.ravel()[tails.sample[real]] = values[real]
     return ordered
 
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from egrpo_jax.data.prompts import read_prompts
+from egrpo_jax.parallel import hosts
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.rewards import CheckedReward, load_reward
 from egrpo_jax.rl.optimizer import make_optimizer
@@ -39,9 +40,12 @@ def make_job(config: TrainConfig, mesh: Mesh) -> Job:
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     pipeline = load_pipeline(config.model)
     pipeline.require([*prompts, *evaluation_prompts])
-    rewards = {name: load_reward(name, config.scorers, mesh) for name in config.rewards.train + config.rewards.heldout}
-    for reward in rewards.values():
-        reward.require([*prompts, *evaluation_prompts], image_size(pipeline))
+    size = image_size(pipeline)
+    with hosts.alone(mesh) as own:
+        names = config.rewards.train + config.rewards.heldout
+        rewards = {name: load_reward(name, config.scorers, own) for name in names}
+        for reward in rewards.values():
+            reward.require([*prompts, *evaluation_prompts], size)
     return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, make_optimizer(config.optim))
 
 

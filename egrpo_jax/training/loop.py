@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.lock import owned
+from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.rewards import RewardError
 from egrpo_jax.rl.plan import describe
@@ -45,24 +46,32 @@ def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False)
       MissingScoreError: a score never came, and `rewards.on_missing` is "fail".
     """
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), PreemptionGuard() as guard:
-        job = make_job(config, mesh)
+    hosts.require_same(f"{to_config_dict(config).to_json()} {workdir.absolute()}", "config and workdir")
+    with hosts.leader_speaks(), jax.set_mesh(mesh), PreemptionGuard() as guard:
+        with hosts.agreed():
+            job = make_job(config, mesh)
         with _claimed(workdir, config, allow_config_change):
             print(describe(job.plan), flush=True)
             with _opened(job, mesh, workdir, allow_config_change) as run:
                 run.evaluate_if_due()
                 with guard.iterating():
                     run.iterate(guard)
-            if guard.requested is None:
-                report(job, run.evaluate.history, workdir)
-        return guard.requested
+            signal_number = guard.agree()
+            if signal_number is None:
+                with hosts.agreed():
+                    if hosts.leads():
+                        report(job, run.evaluate.history, workdir)
+        return signal_number
 
 
 @contextlib.contextmanager
 def _claimed(workdir: Path, config: TrainConfig, allow_change: bool) -> Iterator[None]:
-    """Ownership of `workdir`, whose record `config` does not contradict."""
-    with owned(workdir, "the workdir"):
-        check_record(workdir, to_config_dict(config).to_dict(), allow_change)
+    """Ownership of `workdir`, whose record `config` does not contradict; the leader owns it for all."""
+    with contextlib.ExitStack() as stack:
+        with hosts.agreed():
+            if hosts.leads():
+                stack.enter_context(owned(workdir, "the workdir"))
+                check_record(workdir, to_config_dict(config).to_dict(), allow_change)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
             jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
         yield
@@ -76,10 +85,13 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator
         progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
         if progress.iteration:
             print(f"resuming from iteration {progress.iteration}", flush=True)
-        evaluate = Evaluator(job, frozen, workdir, progress.iteration)
-        writer = MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)
-        with finishing(writer.close):
-            record_config(workdir, to_config_dict(job.config).to_dict())  # now that nothing refuses it any more
+        with contextlib.ExitStack() as files:
+            with hosts.agreed():
+                evaluate, writer = Evaluator(job, frozen, workdir, progress.iteration), None
+                if hosts.leads():
+                    writer = MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)
+                    files.enter_context(finishing(writer.close))
+                    record_config(workdir, to_config_dict(job.config).to_dict())  # now that nothing refuses it any more
             yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer)
 
 
@@ -89,6 +101,7 @@ class Run:
 
     Attributes:
       frozen: the parameters that are not trained.
+      writer: the leader's.
       sound: if `progress` is worth keeping. Parameters at which the loss is not finite are not: those before are.
     """
 
@@ -98,7 +111,7 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     evaluate: Evaluator
-    writer: MetricsWriter
+    writer: MetricsWriter | None
     sound: bool = True
 
     @property
@@ -115,13 +128,13 @@ class Run:
     def evaluate_if_due(self) -> None:
         """Evaluates a new run's first parameters, or those at which a reward failed when it should have judged them."""
         if self.due:
-            self.writer.write(self.progress.iteration, self.evaluate(self.progress))
+            self.write(self.evaluate(self.progress))
 
     def iterate(self, guard: PreemptionGuard) -> None:
         """Iterates until the end or a signal, and saves; raises as `train`."""
         config, first = self.job.config, self.progress.iteration
         with tqdm.tqdm(total=config.num_iterations, initial=first, desc=config.name, unit="it") as bar:
-            while not self.ended and guard.requested is None:
+            while guard.agree() is None and not self.ended:
                 numbers = self.do_iteration()
                 show(bar, config, numbers)
                 if self.progress.iteration == first + 1:
@@ -140,7 +153,7 @@ class Run:
             with timer.phase("iteration"):
                 self.progress, numbers = run_iteration(self.job, self.phases, self.frozen, self.progress, timer)
             self.sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
-            write = lambda: self.writer.write(self.progress.iteration, numbers | speed_numbers(self.job, timer))
+            write = lambda: self.write(numbers | speed_numbers(self.job, timer))
             with finishing(write):
                 if self.due:
                     with timer.phase("evaluation"):
@@ -149,6 +162,12 @@ class Run:
             with finishing(self.save):
                 raise
         return numbers
+
+    def write(self, numbers: dict[str, float]) -> None:
+        """Writes the numbers of the last iteration."""
+        with hosts.agreed():
+            if self.writer is not None:
+                self.writer.write(self.progress.iteration, numbers)
 
     def save(self) -> None:
         """Starts writing a checkpoint, unless it is not worth it."""

@@ -27,6 +27,7 @@ from egrpo_jax.evaluation.history import (
 )
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.figures import grids, plots
+from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards.base import LARGEST
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training.config import TrainConfig
@@ -71,14 +72,20 @@ class Evaluator:
         if not self.history:
             _check_scored(now)
         self.history.append(now)
-        save_evaluation(self._workdir, now, self._prompts)
-        captions = kept_prompts(job)
-        shown = even_indices(len(captions), SHOWN)
-        sheet = grids.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
-        grids.save_image(sheet, self._workdir / "eval" / f"{progress.iteration:06d}.png")
+        with hosts.agreed():
+            if hosts.leads():
+                self._keep(now)
         for line in parted_rewards(self.history, job.config.rewards.train, job.config.rewards.heldout):
             _warn(f"iteration {progress.iteration}: {line}")
         return evaluation_numbers(self.history[0], now)
+
+    def _keep(self, now: Evaluation) -> None:
+        """Writes scores and a grid of images."""
+        save_evaluation(self._workdir, now, self._prompts)
+        captions = kept_prompts(self._job)
+        shown = even_indices(len(captions), SHOWN)
+        sheet = grids.grid(now.images[shown], math.ceil(math.sqrt(len(shown))), [captions[i] for i in shown])
+        grids.save_image(sheet, self._workdir / "eval" / f"{now.iteration:06d}.png")
 
 
 def _check_scored(first: Evaluation) -> None:

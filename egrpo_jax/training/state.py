@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.data.prompts import prompts_hash
+from egrpo_jax.parallel import hosts
+from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.update import TrainState, init_state
@@ -44,10 +46,12 @@ def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change
     Raises:
       UserError: a checkpoint is of another model, or, unless `allow_change`, of other prompts under the same name.
     """
-    state, key = abstract_state(job, mesh), jax.random.key(job.config.seed)
-    restored = checkpoints.restore_latest({"state": state, "key": jax.random.key_data(key)})
+    state = abstract_state(job, mesh)
+    key_data = hosts.on_all(jax.random.key_data(jax.random.key(job.config.seed)), NamedSharding(mesh, REPLICATED))
+    restored = checkpoints.restore_latest({"state": state, "key": key_data})
     if restored is None:
         trained, frozen = partition(job.pipeline.load(mesh), job.pipeline.trainable)
+        key = jax.random.wrap_key_data(key_data)
         return Progress(_first_state(job, trained, state), key, iteration=0, position=0), frozen
     iteration, tree, meta = restored
     if meta["prompts"] != prompts_hash(job.prompts) and not allow_change:

@@ -64,7 +64,7 @@ def _leaves(files: TensorFiles, layout: Layout, abstract: Mapping[str, Any]) -> 
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in files.stored.items()}
     total = sum(sizes[e.name] for e in layout)
     # None: shown on a terminal only.
-    hidden = True if total < _BIG or jax.process_index() else None
+    hidden = True if total < _BIG else None
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {files.path.name}", disable=hidden) as bar:
         for e in layout:
             yield from split_tensor(e, files[e.name], leaf_rows(e, abstract))

@@ -1,4 +1,7 @@
-"""Runs three iterations of a config on the devices there are: `run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR`."""
+"""Runs three iterations of a config on the devices there are, those of other processes too where it is told of these.
+
+`run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR [HOST:PORT PROCESSES PROCESS]`; the process 0 writes OUT.
+"""
 
 import contextlib
 import dataclasses
@@ -9,19 +12,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.common.trees import combine
+from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.rl.rollout import prompt_keys
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.iteration import run_iteration
+from egrpo_jax.training.iteration import run_iteration, sample_and_score
 from egrpo_jax.training.job import make_job
 from egrpo_jax.training.phases import make_phases
 from egrpo_jax.training.state import start_or_resume
 
 
-def main(config_file, out, *axes):
+def main(config_file, out, *where):
+    axes, processes = where[:3], where[3:]
+    if processes:
+        hosts.start(processes[0], int(processes[1]), int(processes[2]))
     config_file, _, argument = config_file.partition(":")
     spec = importlib.util.spec_from_file_location("config_file", config_file)
     module = importlib.util.module_from_spec(spec)
@@ -38,9 +48,22 @@ def main(config_file, out, *axes):
         phases = make_phases(job)
         for _ in range(3):
             progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
-    leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(progress.state)}
+        samples = draw(job, phases, frozen, progress)
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        found = whole({"state": progress.state, "samples": samples.transitions.next_latents})
+    found |= {"scores": samples.scores, "finite": samples.finite}
+    leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(found)}
     numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
-    np.savez(Path(out), **numbers, **leaves)
+    if hosts.leads():
+        np.savez(Path(out), **numbers, **leaves)
+
+
+def draw(job, phases, frozen, progress):
+    """The samples of the first prompts, in their order."""
+    prompts = job.prompts[: job.config.prompts_per_iteration]
+    keys = prompt_keys(progress.key, 0, len(prompts))
+    params = combine(progress.state.params, frozen)
+    return sample_and_score(job, phases, params, prompts, job.pipeline.encode(prompts), keys, PhaseTimer())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from egrpo_jax.models.attention import NEEDS, takes
 from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.lora import COLLECTION, apply_lora
 from egrpo_jax.models.vae import Vae, VaeConfig, decoder_flops, latents_to_images, micro_batched, tiled
+from egrpo_jax.parallel import hosts
 from egrpo_jax.pipelines.base import Pipeline
 from egrpo_jax.pipelines.flux.loading import (
     abstract_params,
@@ -164,4 +165,4 @@ def _open_store(options: FluxOptions, config: FluxConfig) -> EmbeddingStore:
 
 
 def _stored(store: EmbeddingStore) -> Any:
-    return lambda prompts: FluxText(**store.lookup(prompts))
+    return lambda prompts: FluxText(**hosts.read_rows(prompts, store.lookup))
