@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import chex
@@ -43,15 +44,14 @@ REWARD = "brightness"
 def random_params(config: FluxConfig, dtype: Any) -> Params:
     """Weights that keep activations of order one, made on the device, so that 12 billion never lie in host memory."""
     leaves, tree = jax.tree.flatten(transformer_shapes(config))
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))  # compiles sooner than the default
+    return jax.tree.unflatten(tree, [_draw(key, leaf.shape, dtype) for key, leaf in zip(keys, leaves, strict=True)])
 
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(leaves))
-        scales = [leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.1 for leaf in leaves]
-        draws = zip(keys, leaves, scales, strict=True)
-        return [(scale * jax.random.normal(k, leaf.shape)).astype(dtype) for k, leaf, scale in draws]
 
-    return jax.tree.unflatten(tree, draw(jax.random.key(0)))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    scale = shape[-2] ** -0.5 if len(shape) > 1 else 0.1
+    return jax.random.uniform(key, shape, dtype, -scale, scale) * 3**0.5
 
 
 def diffusers_model(config: FluxConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -154,5 +154,5 @@ def training_job(pipeline: Pipeline, config: TrainConfig) -> Job:
 def first_progress(job: Job, mesh: Mesh) -> tuple[Progress, Any]:
     """The beginning of a run, and the parameters that are not trained."""
     trained, frozen = partition(job.pipeline.load(mesh), job.pipeline.trainable)
-    state = init_state(trained, job.optimizer, job.config.learner)
-    return Progress(state, jax.random.key(0), iteration=0, position=0), frozen
+    rest = jax.jit(lambda params: init_state(params, job.optimizer, job.config.learner)._replace(params=None))
+    return Progress(rest(trained)._replace(params=trained), jax.random.key(0), iteration=0, position=0), frozen

@@ -7,7 +7,9 @@ from benchmarks import gpu
 ABOUT = {"card": "Some card", "peak": 4e12, "rate": 2e12, "versions": {"jax": "1.2"}}
 
 
-@pytest.mark.parametrize("part", ["forward", "lora", "full"])
+@pytest.mark.parametrize(
+    "part", ["forward", *(pytest.param(part, marks=pytest.mark.slow) for part in ("lora", "full"))]
+)
 def test_every_part_of_ours_is_measured(part):
     size = gpu.MINIATURE
     rows = gpu.MEASURE[part](size)

@@ -9,6 +9,7 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.benchmarks.sizes import CONFIG, SHAPE
 
 
+@pytest.mark.slow
 def test_our_iterations_are_timed_and_their_passes_counted():
     with jax.set_mesh(make_mesh(MeshConfig())):
         ours = iteration.Ours(SHAPE, CONFIG)

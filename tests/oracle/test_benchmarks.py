@@ -10,7 +10,10 @@ from tests.benchmarks.sizes import CONFIG, SHAPE
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+torch.set_num_threads(1)  # threads that wait for one another are slow where tests run side by side
 
+
+@pytest.mark.slow
 def test_the_loop_is_ours_and_calls_the_model_for_each_sample():
     from benchmarks.torch_loop import TorchLoop
 
