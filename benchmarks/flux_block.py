@@ -2,11 +2,11 @@
 
 On the CPU, two blocks of one kind and four of the other, float32, two threads for either:
 
-    python benchmarks/flux_block.py --size=small --rounds=20
+    python -m benchmarks.flux_block --size=small --rounds=20
 
 On a GPU, FLUX.1-dev with random bfloat16 weights at 720 and 1024 pixels square, without and with the backward pass:
 
-    python benchmarks/flux_block.py --size=dev --pixels=720,1024 --batch=1,2,4,8 --remat=blocks
+    python -m benchmarks.flux_block --size=dev --pixels=720,1024 --batch=1,2,4,8 --remat=blocks
 
 needs the `oracle` extra; without PyTorch for the device, `--peer=false` measures ours alone. Outputs are compared
 before anything is timed. Rounds alternate, so that what else the machine does falls on both. Printed for each setting:
@@ -18,23 +18,19 @@ backward pass; what is computed again is not counted).
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks.measure import alternate, matmul_rate
+from benchmarks.random_flux import SMALL, copy_weights, diffusers_model, random_params, token_ids
 from egrpo_jax import cli
-from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
-from egrpo_jax.weights.layout import Params, export_tensors
-from egrpo_jax.weights.published.flux import config_to_diffusers, flux_layout
-
-SMALL = FluxConfig(
-    num_double_blocks=2, num_single_blocks=4, num_heads=4, head_dim=64, text_dim=256, pooled_dim=128,
-    axes_dims=(16, 24, 24),
-)  # fmt: skip
+from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
+from egrpo_jax.weights.layout import Params
 
 FLAGS = flags.FlagValues()
 SIZE = flags.DEFINE_enum(
@@ -95,27 +91,14 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def random_params(config: FluxConfig) -> Params:
-    """Weights that keep activations of order one, made on the device, so that 12 billion never lie in host memory."""
-    dtype = jnp.bfloat16 if on_gpu() else jnp.float32
-    setting = Setting(config, (1, 1), 1, 1)
-    init = lambda: Flux(config).init(jax.random.key(0), **setting.arguments(), grid=setting.grid)["params"]
-    leaves, tree = jax.tree.flatten(jax.eval_shape(init))
-
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(leaves))
-        scales = [leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.1 for leaf in leaves]
-        draws = zip(keys, leaves, scales, strict=True)
-        return [(scale * jax.random.normal(k, leaf.shape)).astype(dtype) for k, leaf, scale in draws]
-
-    return jax.tree.unflatten(tree, draw(jax.random.key(0)))
+def our_dtype() -> Any:
+    """The dtype of our weights and computations."""
+    return jnp.bfloat16 if on_gpu() else jnp.float32
 
 
 def our_passes(setting: Setting, params: Params) -> tuple[Callable[[], np.ndarray], Pass]:
     """The forward pass, and the gradients of the velocity's sum of squares by all parameters."""
-    dtype = jnp.bfloat16 if on_gpu() else jnp.float32
-    model = Flux(setting.config, dtype=dtype, unroll=UNROLL.value, remat=REMAT.value)
+    model = Flux(setting.config, dtype=our_dtype(), unroll=UNROLL.value, remat=REMAT.value)
     arguments = {name: jnp.asarray(array) for name, array in setting.arguments().items()}
     velocity = lambda params, arguments: model.apply({"params": params}, **arguments, grid=setting.grid)
     forward = jax.jit(velocity)
@@ -129,26 +112,21 @@ def our_passes(setting: Setting, params: Params) -> tuple[Callable[[], np.ndarra
 def their_passes(setting: Setting, params: Params) -> tuple[Callable[[], np.ndarray], Pass]:
     """The same of diffusers' model with the same weights; compiled by PyTorch on a GPU."""
     import torch
-    from diffusers import FluxTransformer2DModel
 
     torch.set_num_threads(THREADS.value)
     device, dtype = ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(config_to_diffusers(setting.config))
-    model.to_empty(device=device).to(dtype)
-    tensors = dict(model.named_parameters())
-    for name, array in export_tensors(flux_layout(setting.config, "diffusers"), params):
-        tensors[name].data.copy_(torch.from_numpy(np.asarray(array, np.float32)))
+    model = diffusers_model(setting.config, device, dtype)
+    copy_weights(setting.config, params, model)
     if REMAT.value == "blocks":
         model.enable_gradient_checkpointing()
     run = torch.compile(model) if on_gpu() else model
     given = {name: torch.from_numpy(array).to(device, dtype) for name, array in setting.arguments().items()}
-    ids = torch.from_numpy(position_ids(setting.text_tokens, setting.grid)).to(device, torch.float32)
+    ids = token_ids(setting.text_tokens, setting.grid, device)
 
     def velocity() -> torch.Tensor:
         return run(
             given["latents"], given["text"], given["pooled"], given["time"], guidance=given["guidance"],
-            img_ids=ids[setting.text_tokens :], txt_ids=ids[: setting.text_tokens], return_dict=False,
+            **ids, return_dict=False,
         )[0].float()  # fmt: skip
 
     def forward() -> np.ndarray:
@@ -172,26 +150,6 @@ def compare_outputs(ours: np.ndarray, theirs: np.ndarray) -> None:
         raise AssertionError("not the same velocities")
 
 
-def seconds(passes: list[Pass]) -> np.ndarray:
-    """`[rounds, passes]`, taken in turns after one of each that is not counted."""
-    for run in passes:
-        run()
-    taken = np.zeros((ROUNDS.value, len(passes)))
-    for row in taken:
-        for column, run in enumerate(passes):
-            start = time.perf_counter()
-            run()
-            row[column] = time.perf_counter() - start
-    return taken
-
-
-def matmul_rate(size: int = 8192) -> float:
-    """Operations a second of one large bfloat16 matrix product, the ceiling that utilisation is a share of."""
-    matrix = jnp.ones((size, size), jnp.bfloat16)
-    product = jax.jit(lambda a: a @ a)
-    return 2 * size**3 / seconds([lambda: product(matrix).block_until_ready()]).min()
-
-
 def report(kind: str, taken: np.ndarray, setting: Setting, flops: int, rate: float | None) -> None:
     """One line for each model, and the ratios."""
     for who, column in zip(("ours", "theirs"), taken.T, strict=False):
@@ -213,9 +171,9 @@ def measure(setting: Setting, params: Params, rate: float | None) -> None:
     models = [our_passes(setting, params), *([their_passes(setting, params)] if PEER.value else [])]
     if PEER.value:
         compare_outputs(*(forward() for forward, _ in models))
-    report("forward", seconds([forward for forward, _ in models]), setting, setting.flops, rate)
+    report("forward", alternate([forward for forward, _ in models], ROUNDS.value), setting, setting.flops, rate)
     if BACKWARD.value:
-        taken = seconds([backward for _, backward in models])
+        taken = alternate([backward for _, backward in models], ROUNDS.value)
         report("forward and backward", taken, setting, 3 * setting.flops, rate)
 
 
@@ -223,7 +181,7 @@ def main() -> None:
     """Measures every setting, smallest batch first."""
     rate = matmul_rate() if on_gpu() else None
     every = list(settings())
-    params = random_params(every[0].config)
+    params = random_params(every[0].config, our_dtype())
     for setting in every:
         measure(setting, params, rate)
 
