@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import REPLICATED, MeshConfig, make_mesh, over_samples
+from egrpo_jax.rewards.batched import Batched
 
 
 def fails_on_the_second(images, prompts):
@@ -40,6 +41,17 @@ def check_rows(mesh, own):
     np.testing.assert_array_equal(np.asarray(local), whole[own])
     np.testing.assert_array_equal(hosts.total_rows(np.asarray(local), rows, 16), whole)
     assert hosts.total_rows(np.ones(len(own), bool), rows, 16).all()
+
+
+def check_scorer(mesh):
+    """A network of one process alone, over the rows of this one."""
+    whole = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    rows, local = hosts.own_rows(jax.device_put(whole, NamedSharding(mesh, over_samples())))
+    with hosts.alone(mesh) as own:
+        params = {"scale": jax.device_put(jax.numpy.full((), 2.0), NamedSharding(own, REPLICATED))}
+        network = Batched(lambda params, images: params["scale"] * images, params, 2, own)
+        for chosen in (slice(None), slice(3)):
+            np.testing.assert_array_equal(np.asarray(network(local[chosen])), 2 * whole[rows[chosen]])
 
 
 def check_reading(mesh):
@@ -85,6 +97,7 @@ def main(coordinator, processes, process):
         with jax.set_mesh(make_mesh(MeshConfig(4, 2, 1))):
             mesh = jax.sharding.get_mesh()
             check_rows(mesh, list(half(number)))
+            check_scorer(mesh)
             check_reading(mesh)
         for axes, own in (((2, 2, 2), half(number)), ((1, 1, 8), range(16) if number == 0 else ())):
             with jax.set_mesh(make_mesh(MeshConfig(*axes))):
