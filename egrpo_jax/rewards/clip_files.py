@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def clip_shapes(model: Clip) -> Params:
     """The parameter tree as shapes."""
     size = model.config.vision.image_size
 
-    def init() -> Params:
+    def init() -> Any:
         return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32))
 
     return jax.eval_shape(init)["params"]
