@@ -51,7 +51,7 @@ def main() -> None:
         for phase in dict.fromkeys(PHASE.value):
             print(f"compiling {phase} ...", file=sys.stderr, flush=True)
             costs.append(phase_cost(job, mesh, phase))
-    print(tables(costs), verdict(job, costs), sep="\n\n", flush=True)
+    print(tables(costs), verdict(job, mesh, costs), sep="\n\n", flush=True)
     if DRAW.value is not None:
         draw(job, mesh, costs, DRAW.value)
     for cost in (cost for cost in costs if not cost.fits and SEARCH.value):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from egrpo_jax.parallel.rules import with_shardings
@@ -17,7 +16,7 @@ from egrpo_jax.planning.phases import (
     compile_phase,
     rollout_prompts,
 )
-from egrpo_jax.rewards.config import PARAMETERS
+from egrpo_jax.rewards.sizes import scorer_params
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.state import abstract_state
@@ -145,7 +144,7 @@ def kept_beside(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
     """Bytes of one device that are in memory during a phase and are none of its arguments, by what they are."""
     parts = {
         "text encoders": bytes_on_device(with_shardings(mesh, job.pipeline.rules, dict(job.pipeline.encoder_params))),
-        "scorers": scorer_bytes(job.config),
+        "scorers": bytes_on_device(_scorers(job.config, mesh)),
     }
     if phase != "update":
         state = abstract_state(job, mesh)
@@ -157,14 +156,13 @@ def kept_beside(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
     return {name: value for name, value in parts.items() if value}
 
 
-def scorer_bytes(config: TrainConfig) -> float:
-    """Bytes of the rewards' parameters that every device holds, of those whose sizes are known."""
+def _scorers(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """Parameters of each reward, as shapes, None where unknown; those on other machines have none here."""
     names = config.rewards.train + config.rewards.heldout
-    itemsize = jax.numpy.dtype(config.scorers.dtype).itemsize
-    return float(sum(PARAMETERS.get(name, 0) for name in names) * itemsize)
+    here = [name for name in names if name not in config.scorers.remote]
+    return {name: scorer_params(name, config.scorers.dtype, mesh) for name in here}
 
 
-def uncounted_scorers(config: TrainConfig) -> list[str]:
-    """The rewards whose parameters are of unknown size; those on other machines have none here."""
-    names = config.rewards.train + config.rewards.heldout
-    return [name for name in names if name not in PARAMETERS and name not in config.scorers.remote]
+def uncounted_scorers(config: TrainConfig, mesh: Mesh) -> list[str]:
+    """The rewards whose parameters are of unknown size."""
+    return [name for name, params in _scorers(config, mesh).items() if params is None]

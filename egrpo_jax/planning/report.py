@@ -111,7 +111,7 @@ def _operations(costs: Sequence[PhaseCost]) -> list[str]:
     return lines
 
 
-def verdict(job: Job, costs: Sequence[PhaseCost]) -> str:
+def verdict(job: Job, mesh: Mesh, costs: Sequence[PhaseCost]) -> str:
     """A line for each phase, with its largest part, and what is not counted."""
     lines = []
     for cost in costs:
@@ -123,7 +123,7 @@ def verdict(job: Job, costs: Sequence[PhaseCost]) -> str:
             word = "fits" if cost.fits else "does not fit"
             need = f"{cost.needed / GIB:.2f} of {cost.capacity / GIB:.2f} GiB"
             lines.append(f"{cost.compiled.phase}: {word}, {need}; {largest}")
-    missing = uncounted_scorers(job.config)
+    missing = uncounted_scorers(job.config, mesh)
     if missing:
         lines.append(f"not counted: the rewards {', '.join(missing)}, whose sizes are not known here")
     lines.append("not counted: what rewards and evaluation take beside their parameters")

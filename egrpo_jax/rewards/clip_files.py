@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +149,11 @@ def _load(
 def clip_shapes(model: Clip) -> Params:
     """The parameter tree as shapes."""
     size = model.config.vision.image_size
-    inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+    def init() -> Any:
+        return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32))
+
+    return jax.eval_shape(init)["params"]
 
 
 def _preprocess_from_open_clip(published: Published, size: int) -> Preprocess:

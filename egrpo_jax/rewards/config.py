@@ -11,14 +11,6 @@ from egrpo_jax.rewards.remote.address import ascii_url
 
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L_14 = "openai/clip-vit-large-patch14"
-PARAMETERS = {
-    **dict.fromkeys(("hpsv2.1", "hpsv2.0", "clip_score", "pickscore"), 986_109_441),
-    "imagereward": 446_206_689,
-    "aesthetic": 304_000_000,
-    **dict.fromkeys(("ocr", "jpeg_compressibility", "jpeg_incompressibility"), 0),
-}
-"""Parameters of built-in rewards that are on every device, with the default files: ViT-H-14, ImageReward v1.0, the
-image tower of ViT-L/14; none of those that score on the host."""
 Seconds = Annotated[float, Range(1e-3, 10**6)]
 
 

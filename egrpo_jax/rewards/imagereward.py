@@ -54,7 +54,7 @@ def imagereward(scorers: ScorersConfig, mesh: Mesh, config: BlipConfig | None = 
     vocabulary = resolve(scorers.imagereward.tokenizer, ["vocab.txt"])
     tokenize = load_wordpiece(vocabulary, TEXT_TOKENS, config.vocab_size)
     files = open_pickle(_file(scorers.imagereward.path))
-    params = load_params(files, blip_layout(config), _abstract(model, mesh), IGNORED)
+    params = load_params(files, blip_layout(config), abstract_params(model, mesh), IGNORED)
 
     def network(params: Any, images: chex.Array, ids: chex.Array, mask: chex.Array) -> chex.Array:
         return model.apply({"params": params}, preprocess(images), ids, mask)
@@ -67,9 +67,13 @@ def _file(path: str | os.PathLike[str]) -> Path:
     return found / FILE if found.is_dir() else found
 
 
-def _abstract(model: Blip, mesh: Mesh) -> dict[str, Any]:
+def abstract_params(model: Blip, mesh: Mesh) -> dict[str, Any]:
     """The parameter tree as shapes, with their shardings."""
     size = model.config.image_size
-    inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+    def init() -> Any:
+        inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        return model.init(jax.random.key(0), *inputs)
+
+    shapes = jax.eval_shape(init)["params"]
     return with_shardings(mesh, SCORER_RULES, shapes)

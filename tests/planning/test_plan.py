@@ -14,7 +14,7 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline, sketch_pipeline
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning import changes
-from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, scorer_bytes, uncounted_scorers
+from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, slice_devices
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
 from egrpo_jax.planning.report import overview, tables, trial_line, verdict
@@ -69,7 +69,7 @@ def test_every_phase_of_the_toy_run(mesh):
     expected = (passes.anchor + passes.tails) * latents + (8 + passes.tails) * text
     assert costs["rollout"].compiled.work.flops == expected
     assert all(cost.fits for cost in costs.values())
-    assert "unknown" not in verdict(job, list(costs.values()))
+    assert "unknown" not in verdict(job, mesh, list(costs.values()))
 
 
 def test_a_phase_that_does_not_fit_is_tried_with_changes(mesh, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_phase_that_does_not_fit_is_tried_with_changes(mesh, monkeypatch):
     monkeypatch.setattr("egrpo_jax.planning.cost.capacity", lambda _: enough - 1)
     cost = phase_cost(job, mesh, "rollout")
     assert not cost.fits
-    assert "rollout: does not fit" in verdict(job, [cost])
+    assert "rollout: does not fit" in verdict(job, mesh, [cost])
     trials = {trial.text: trial for trial in changes.try_changes(job, mesh, cost, None)}
     assert trials["--config.tails_per_device=4"].is_compiled
     assert trials["--config.optim.first_moment_dtype=bfloat16"].fits
@@ -100,13 +100,13 @@ def test_one_more_pass_before_several_updates(mesh):
     assert job.plan.forward_equivalents(1) == job.plan.rollout_passes + 3 * active
 
 
-def test_scorers_take_memory_as_far_as_they_are_known():
+def test_scorers_take_memory_as_far_as_they_are_known(mesh):
     rewards = RewardsConfig(
         train=("hpsv2.1", "imagereward"), weights=(1.0, 1.0), heldout=("jpeg_compressibility", "a:b")
     )
-    config = dataclasses.replace(TOY, rewards=rewards)
-    assert scorer_bytes(config) == 4 * (986_109_441 + 446_206_689)
-    assert uncounted_scorers(config) == ["a:b"]
+    job = sketch_job(dataclasses.replace(TOY, rewards=rewards))
+    assert kept_beside(job, mesh, "update") == {"scorers": 4 * (986_109_441 + 446_206_689)}
+    assert uncounted_scorers(job.config, mesh) == ["a:b"]
 
 
 def test_flux_is_described_without_its_files():
@@ -208,7 +208,7 @@ def test_a_program_that_the_compiler_refuses(mesh, monkeypatch, message, gibibyt
     assert not cost.fits
     assert cost.compiled.refused == gibibytes * GIB
     assert cost.largest[0] == "temporaries"
-    assert f"update: {gibibytes:.2f} GiB a device; the largest part is temporaries" in verdict(job, [cost])
+    assert f"update: {gibibytes:.2f} GiB a device; the largest part is temporaries" in verdict(job, mesh, [cost])
     assert "refused by the compiler" in tables([cost])
     other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 16.95M of 16.00M vmem.")
     monkeypatch.setattr("jax.stages.Lowered.compile", raises(other))

@@ -1,6 +1,5 @@
 """TPU slices that are not there: full-size FLUX.1-dev fits, and no chip repeats another's work."""
 
-import dataclasses
 import functools
 import importlib.util
 import math
@@ -13,9 +12,10 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
-from egrpo_jax.planning.cost import phase_cost
+from egrpo_jax.planning.cost import kept_beside, phase_cost
 from egrpo_jax.planning.devices import GIB, capacity, slice_devices
-from egrpo_jax.planning.phases import refused_bytes, sketch_job
+from egrpo_jax.planning.phases import named_arguments, refused_bytes, sketch_job
+from egrpo_jax.planning.report import overview
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
@@ -24,14 +24,12 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`"),
 ]
 CHIPS = 4
-KEYS = {field.name for field in dataclasses.fields(FluxOptions)}
-# Kernels repeat a part of attention in their backward pass; XLA's counts compare with arithmetic.
-PLAIN = {"attention": "xla"} if "attention" in KEYS else {}
 
 
 @functools.cache
 def job_and_cost(phase, kind):
-    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, **PLAIN)
+    # Fused attention repeats a part of itself in its backward pass; XLA's compares with arithmetic.
+    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, attention="xla")
     config = TrainConfig(
         prompts_per_iteration=8,
         tails_per_device=12,
@@ -93,3 +91,16 @@ def test_devices_of_a_slice(topology, devices, gibibytes):
     """A chip of v4 is one device, one of TPU7x two."""
     found = slice_devices(topology)
     assert (len(found), capacity(found[0])) == (devices, gibibytes * GIB)
+
+
+def test_nothing_is_computed_on_a_slice():
+    """Its devices compile, and run nothing."""
+    rewards = RewardsConfig(train=("hpsv2.1",), heldout=("imagereward",))
+    config = TrainConfig(model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev"), rewards=rewards)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), slice_devices("v5p:2x2x2"))
+    with jax.set_mesh(mesh):
+        job = sketch_job(config)
+        assert overview(job, mesh, 0.4)
+        moments = named_arguments(job, mesh, "update")["moments"]
+        assert kept_beside(job, mesh, "rollout")["moments"] == moments
+    assert moments == pytest.approx(8 * 11.9e9 / 8, rel=0.01)

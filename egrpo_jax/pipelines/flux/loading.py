@@ -144,8 +144,8 @@ def read_decoder_config(folder: Path) -> VaeConfig:
 
 def decoder_shapes(config: VaeConfig) -> Params:
     """The parameter tree of a VAE without its encoder, as shapes."""
-    latents = jnp.zeros((1, 2, 2, config.latent_channels))
-    return jax.eval_shape(lambda: Vae(config).init(jax.random.key(0), latents, method="decode"))["params"]
+    latents = jax.ShapeDtypeStruct((1, 2, 2, config.latent_channels), jnp.float32)
+    return jax.eval_shape(lambda z: Vae(config).init(jax.random.key(0), z, method="decode"), latents)["params"]
 
 
 def load_decoder(folder: Path, config: VaeConfig, abstract: Params) -> Params:

@@ -48,7 +48,6 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
     config = read_transformer_config(folder / "transformer", options.transformer)
     check_parts(folder, config, options.text_tokens if options.embeddings is None else None)
     vae_config = read_decoder_config(folder / "vae")
-    _check_attention(options, config, token_grid(options, vae_config))
     store = None if options.embeddings is None else _open_store(options, config)
     pipeline = _describe(options, config, vae_config)
     return dataclasses.replace(
@@ -76,8 +75,13 @@ def flux_sketch(path: str, options: FluxOptions) -> Pipeline:
 
 
 def _describe(options: FluxOptions, config: FluxConfig, vae_config: VaeConfig) -> Pipeline:
-    """All of a pipeline that follows from sizes; its `read` and `encode` raise UserError."""
+    """All of a pipeline that follows from sizes; its `read` and `encode` raise UserError.
+
+    Raises:
+      ConfigError: an option does not fit the sizes or the devices.
+    """
     grid = token_grid(options, vae_config)
+    _check_attention(options, config, grid)
     dtype = jnp.dtype(options.dtype)
     flops = forward_flops(config, grid[0] * grid[1], options.text_tokens)
     # Gradients of activations and of weights are a forward pass's work each; the base of adapters needs but the first.
