@@ -1,6 +1,7 @@
 """Runs three iterations of a config on the devices there are, those of other processes too where it is told of these.
 
-`run_iterations.py CONFIG[:ARG] OUT DATA FSDP TENSOR [HOST:PORT PROCESSES PROCESS]`; the process 0 writes OUT.
+`run_iterations.py CONFIG[:ARG][@PROMPTSxGROUP] OUT DATA FSDP TENSOR [HOST:PORT PROCESSES PROCESS]`; process 0 writes
+OUT.
 """
 
 import contextlib
@@ -32,12 +33,14 @@ def main(config_file, out, *where):
     axes, processes = where[:3], where[3:]
     if processes:
         hosts.start(processes[0], int(processes[1]), int(processes[2]))
+    config_file, _, size = config_file.partition("@")
+    prompts, group_size = map(int, (size or "8x3").split("x"))
     config_file, _, argument = config_file.partition(":")
     spec = importlib.util.spec_from_file_location("config_file", config_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(argument) if argument else module.get_config()
-    config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = 8, 4, 3
+    config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = prompts, 4, group_size
     config.rewards.heldout = ()
     config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(*map(int, axes)))
     mesh = make_mesh(config.mesh)

@@ -27,14 +27,20 @@ def run(config, out, *axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "meshes"), [("tests/toy.py", ((8, 1, 1), (4, 2, 1))), ("configs/emoji.py", ((8, 1, 1),))]
+    ("config", "meshes"),
+    [
+        ("tests/toy.py", ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2))),
+        ("tests/toy.py@1x12", ((8, 1, 1), (1, 8, 1))),  # eight devices share the samples of one prompt
+        ("tests/toy.py@6x4", ((2, 2, 2),)),  # two of four share three prompts
+        ("configs/emoji.py", ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2))),
+    ],
 )
 def test_samples_and_parameters_after_three_updates_do_not_depend_on_the_devices(tmp_path, config, meshes):
     one = run(config, tmp_path / "one.npz", 1, 1, 1)
     again = run(config, tmp_path / "again.npz", 1, 1, 1)
     assert all((one[name] == again[name]).all() for name in one)  # a rerun is bit-identical
     for axes in meshes:
-        assert_same(run(config, tmp_path / f"{axes[0]}.npz", *axes), one)
+        assert_same(run(config, tmp_path / "several.npz", *axes), one)
 
 
 def assert_same(found, expected):
