@@ -133,7 +133,7 @@ def own_number() -> int:
 
 
 def leads() -> bool:
-    """Whether this is the one process that writes files and speaks to people."""
+    """Tells if this is the one process that writes files and speaks to people."""
     return own_number() == 0
 
 

@@ -64,7 +64,7 @@ def deal_prompts(num_prompts: int, workers: int) -> np.ndarray:
 
 
 def first_rows(num_prompts: int, workers: int) -> np.ndarray:
-    """Where, in `deal_prompts` made flat, each prompt comes first: `[P]`."""
+    """The row of `deal_prompts`, made flat, in which each prompt comes first: `[P]`."""
     return np.unique(deal_prompts(num_prompts, workers), return_index=True)[1]
 
 
