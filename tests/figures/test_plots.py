@@ -12,13 +12,13 @@ from egrpo_jax.flow.grid import shifted_times
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved, to look into."""
-    saved, save = [], plots._save
+    saved, save = [], plots.save_figure
 
     def keep(figure, path):
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return saved
 
 
