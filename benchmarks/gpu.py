@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import alternate, matmul_rate
 from benchmarks.random_flux import (
@@ -48,6 +48,7 @@ from benchmarks.random_flux import (
     token_ids,
     training_job,
 )
+from egrpo_jax import cli
 from egrpo_jax.common.trees import combine
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import LoraConfig
@@ -62,10 +63,13 @@ from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.phases import make_phases
 
-OUT = flags.DEFINE_string("out", None, "The Markdown file to write into, with a heading '## On a GPU'.")
-PARTS = flags.DEFINE_list("parts", ["forward", "diffusers", "lora", "full"], "What to measure.")
-TINY = flags.DEFINE_bool("tiny", False, "A model in miniature.")
-PART = flags.DEFINE_string("part", None, "Measure this part in this process, and print it as JSON.")
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string(
+    "out", None, "The Markdown file to write into, with a heading '## On a GPU'.", flag_values=FLAGS
+)
+PARTS = flags.DEFINE_list("parts", ["forward", "diffusers", "lora", "full"], "What to measure.", flag_values=FLAGS)
+TINY = flags.DEFINE_bool("tiny", False, "A model in miniature.", flag_values=FLAGS)
+PART = flags.DEFINE_string("part", None, "Measure this part in this process, and print it as JSON.", flag_values=FLAGS)
 
 ROUNDS = 2
 TAIL_STEPS = 1
@@ -297,7 +301,7 @@ def write(path: Path, section: str) -> None:
     path.write_text(f"{before}{heading}{kept.rstrip()}\n\n{section}")
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Measures one part here, or all in turn."""
     size = MINIATURE if TINY.value else DEV
     if PART.value:
@@ -318,4 +322,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import alternate
 from benchmarks.random_flux import SMALL, Shape, first_progress, random_pipeline, training_job
+from egrpo_jax import cli
 from egrpo_jax.common.trees import combine
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rl.plan import PlanConfig, describe
@@ -42,9 +43,10 @@ from egrpo_jax.weights.layout import Params
 if TYPE_CHECKING:
     from benchmarks.torch_loop import TorchLoop
 
-PEER = flags.DEFINE_bool("peer", True, "Time PyTorch too.")
-THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.")
-ROUNDS = flags.DEFINE_integer("rounds", 4, "Alternating measurements.")
+FLAGS = flags.FlagValues()
+PEER = flags.DEFINE_bool("peer", True, "Time PyTorch too.", flag_values=FLAGS)
+THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.", flag_values=FLAGS)
+ROUNDS = flags.DEFINE_integer("rounds", 4, "Alternating measurements.", flag_values=FLAGS)
 
 SHAPE = Shape(SMALL, (16, 16), 64)
 LOOPS = (("one at a time", 0, 2), ("in groups", 1, 3), ("one at a time, shared update", 0, 4))
@@ -163,7 +165,7 @@ def row(name: str, seconds: np.ndarray, calls: tuple[int, int], base: np.ndarray
     return " | ".join(["", name, *cells, *map(str, calls), ""]).strip()
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Compares, times and prints."""
     with jax.set_mesh(make_mesh(MeshConfig())):
         ours = Ours(SHAPE, CONFIG)
@@ -192,4 +194,4 @@ def _peer(ours: Ours) -> list[Counted]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

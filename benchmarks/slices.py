@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from egrpo_jax import cli
 from egrpo_jax.figures.plots import new_figure, save_figure
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
@@ -35,9 +36,12 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TAILS = 12
 """Slots of a device."""
 
-ONLY = flags.DEFINE_multi_string("only", list(SLICES), "Slices to compile, of those in the list; none: no more.")
-KIND = flags.DEFINE_multi_enum("kind", KINDS, KINDS, "All weights, or adapters.")
-ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.")
+FLAGS = flags.FlagValues()
+ONLY = flags.DEFINE_multi_string(
+    "only", list(SLICES), "Slices to compile, of those in the list; none: no more.", flag_values=FLAGS
+)
+KIND = flags.DEFINE_multi_enum("kind", KINDS, KINDS, "All weights, or adapters.", flag_values=FLAGS)
+ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.", flag_values=FLAGS)
 
 
 def config(kind: str, chips: int) -> TrainConfig:
@@ -144,7 +148,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Compiles what is missing, prints the table and draws the plot."""
     if ONE.value is not None:
         print(json.dumps(compile_one(*ONE.value.split("/"))))
@@ -157,4 +161,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)
