@@ -123,13 +123,13 @@ def _give_up(coordinator: str | None) -> None:
 
 
 def several() -> bool:
-    """Tells if there are other processes."""
-    return jax.process_count() > 1
+    """Tells if there are other processes; asks for no device, which may not be there, unless they were joined."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def own_number() -> int:
     """The number of this process, from 0."""
-    return jax.process_index()
+    return jax.process_index() if several() else 0
 
 
 def leads() -> bool:
