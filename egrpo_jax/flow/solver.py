@@ -39,38 +39,27 @@ def solve_path(
 
 
 def solve(
-    velocity_fn: VelocityFn,
-    params: Any,
-    latents: chex.Array,
-    times: chex.Array,
-    conditioning: Any,
-    start: chex.Array | int = 0,
-    stride: chex.Array | int = 1,
+    velocity_fn: VelocityFn, params: Any, latents: chex.Array, times: chex.Array, conditioning: Any
 ) -> chex.Array:
-    """Euler steps from grid index `start` to the end of `times`, `stride` grid steps at a time.
-
-    `start` and `stride` may be traced: the trip count is dynamic, so that one compiled body serves every start. The
-    last step is shorter where the stride does not divide what is left. Nothing differentiates through this loop.
+    """Euler steps over all of `times`, of which nothing is kept.
 
     Args:
       velocity_fn, params, conditioning: the model; `conditioning` has leading axis B.
-      latents: `[B, N, D]` at `times[start]`.
+      latents: `[B, N, D]` at `times[0]`.
       times: `[T + 1]`, decreasing.
 
     Returns:
       Latents `[B, N, D]` at `times[-1]`.
     """
-    end = times.shape[0] - 1
 
-    def step(count: chex.Array, x: chex.Array) -> chex.Array:
-        index = start + count * stride
-        time, next_time = times[index], times[jnp.minimum(index + stride, end)]
+    def step(x: chex.Array, span: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, None]:
+        time, next_time = span
         velocity = velocity_fn(params, x, jnp.broadcast_to(time, x.shape[:1]), conditioning)
-        return euler_step(x, velocity, time, next_time)
+        return euler_step(x, velocity, time, next_time), None
 
-    return jax.lax.fori_loop(0, tail_steps(end, start, stride), step, latents)
+    return jax.lax.scan(step, latents, (times[:-1], times[1:]))[0]
 
 
 def tail_steps(num_steps: int, start: Any, stride: Any) -> Any:
-    """The number of steps that `solve` takes on a grid of `num_steps`: ceil((T - start) / stride)."""
+    """The number of steps from `start` to the end of a grid of `num_steps`: ceil((T - start) / stride)."""
     return (num_steps - start + stride - 1) // stride

@@ -55,7 +55,7 @@ def credit(
     Args:
       rewards: for each reward `[P, E, R, G]`: prompts, active steps, tail strides, samples.
       came: `[P, E, R, G]`, whether a sample has all of its scores; a reward counts for nothing where it is False.
-      weights: the weight of each reward that is trained on.
+      weights: the weight of each training reward.
       combination: how they are combined.
       clips: rewards whose normalised advantage is clipped, to plus and minus so much; not for "sum".
 

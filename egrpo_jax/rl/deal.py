@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from egrpo_jax.flow.solver import tail_steps
 from egrpo_jax.rl.plan import Plan
 
 
@@ -79,12 +78,13 @@ def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = N
     teams, members, each = _teams(num_prompts, workers)
     slots = slots or default_slots(plan, num_prompts, workers)
     shape = (each, len(plan.branches), len(plan.tail_strides), plan.group_size)
-    queues = _queues(_lengths(plan, shape), members * slots)
+    lengths = np.array([len(_path(plan, shape, tail)) for tail in range(math.prod(shape))])
+    queues = _queues(lengths, members * slots)
     # Every so-manieth slot is a member's: tails of one length then come to all members alike.
     own = [queues[member::members] for member in range(members)]
     shares = [sorted(itertools.chain(*slots_of_one)) for slots_of_one in own]
     most = max(map(len, shares))
-    passes = max(sum(len(_path(plan, shape, tail)) for tail in queue) for queue in queues)
+    passes = max(lengths[queue].sum() for queue in queues if queue)
     tables = [_walk(plan, shape, *pair, most, passes) for pair in zip(own, shares, strict=True)]
     filled = np.array([share + share[-1:] * (most - len(share)) for share in shares])
     prompt, active, _, sample = np.unravel_index(filled, shape)
@@ -133,12 +133,6 @@ def _path(plan: Plan, shape: tuple[int, ...], tail: int) -> list[tuple[float, fl
     _, active, which, _ = np.unravel_index(tail, shape)
     stops = [*range(plan.branches[active].stop, plan.num_steps, plan.tail_strides[which]), plan.num_steps]
     return [(plan.times[a], plan.times[b]) for a, b in itertools.pairwise(stops)]
-
-
-def _lengths(plan: Plan, shape: tuple[int, ...]) -> np.ndarray:
-    """The number of steps of every tail, of `shape` (P', E, R, G) made flat."""
-    steps = [[tail_steps(plan.num_steps, b.stop, stride) for stride in plan.tail_strides] for b in plan.branches]
-    return np.broadcast_to(np.array(steps)[:, :, None], shape).ravel()
 
 
 def _queues(lengths: np.ndarray, slots: int) -> list[list[int]]:

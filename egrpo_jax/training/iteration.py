@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 
     Attributes:
       transitions: `[P, E, ...]`.
-      scores: of each reward that is trained on, `[P, E, R, G]`.
+      scores: of each training reward, `[P, E, R, G]`.
       heldout: the mean of each held-out reward over one sample of every group: it shows hacking early, and costs
         little.
       finite: `[P, E, R, G]`, whether an image is without nan and infinity; one that is not has no score.

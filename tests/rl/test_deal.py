@@ -17,7 +17,7 @@ SHAPES = [(4, 1), (4, 2), (4, 4), (1, 4), (6, 4), (3, 4), (2, 16)]
 def test_prompts_come_whole_to_as_few_workers_as_can_be(prompts, workers):
     rows = deal_prompts(prompts, workers)
     assert len(rows) == workers
-    assert rows.size == math.lcm(prompts, workers) if prompts < workers else rows.size >= prompts
+    assert rows.size == math.lcm(prompts, workers)
     np.testing.assert_array_equal(rows.ravel()[first_rows(prompts, workers)], np.arange(prompts))
 
 
@@ -40,7 +40,7 @@ def test_every_tail_is_walked_once_from_its_sample_to_the_end(prompts, workers, 
         for tail in range(each):
             sample, start = (table[worker * each + tail] for table in (tails.sample, tails.start))
             if sample < 0:
-                assert not ((carried == tail) & (time != next_time)).any() or tail == each - 1
+                assert not (carried == tail).any()
                 continue
             prompt, active, stride, member = np.unravel_index(sample, shape)
             of_worker, *state = np.unravel_index(start, (rows.shape[1], shape[1], shape[3]))
