@@ -114,6 +114,7 @@ def until_under_way(workdir, processes, lines=4):
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("config", "axes"), [("tests/toy.py", (8, 1, 1)), ("tests/toy.py", (2, 2, 2)), ("configs/emoji.py", (4, 2, 1))]
 )
@@ -127,6 +128,7 @@ def test_samples_scores_and_parameters_are_those_of_one_process(tmp_path, config
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_rows_and_failures():
     port = free_port()
     commands = [[sys.executable, "-m", "tests.parallel.rows", f"127.0.0.1:{port}", "2", str(i)] for i in range(2)]
@@ -137,6 +139,7 @@ def test_rows_and_failures():
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_the_program_makes_the_run_of_one_process(tmp_path, finished):
     done = programs.run(
         "train", "--config=tests/toy.py:slow", f"--workdir={tmp_path}", f"--config.num_iterations={ITERATIONS}"
@@ -171,6 +174,7 @@ def copy(workdir, to):
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_signal_to_one_process_stops_both_at_the_same_iteration(tmp_path, finished, which):
     with started(train(tmp_path)) as processes:
@@ -186,6 +190,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_iteration(tmp_path, fini
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_process_ends_the_other_which_goes_on_when_both_come_back(tmp_path, finished, which):
     with started(train(tmp_path)) as processes:
@@ -199,6 +204,7 @@ def test_a_killed_process_ends_the_other_which_goes_on_when_both_come_back(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_a_damaged_checkpoint_is_moved_aside_once(tmp_path, finished):
     workdir = copy(finished, tmp_path / "run")
     for path in (workdir / "checkpoints" / str(ITERATIONS) / "state").rglob("*"):
@@ -211,6 +217,7 @@ def test_a_damaged_checkpoint_is_moved_aside_once(tmp_path, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_a_reward_that_fails_in_one_process_ends_both_with_its_line(tmp_path):
     reward = "--config.rewards.train=('tests.parallel.rows:FailsLater',)"
     ends = finish(train(tmp_path, reward, "--config.rewards.heldout=()", "--config.evaluation.batch=200"))
@@ -224,6 +231,7 @@ def test_a_reward_that_fails_in_one_process_ends_both_with_its_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_a_workdir_in_use_and_another_config_are_refused_by_both(tmp_path):
     with owned(tmp_path, "the workdir"):
         ends = finish(train(tmp_path))
