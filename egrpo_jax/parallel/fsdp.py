@@ -100,11 +100,13 @@ class Layout:
 
     def sum_gradients(self, grads: Any) -> Any:
         """The sum over all devices of gradients by this device's samples, each leaf lying as its parameter does."""
+        # XLA refuses a sum over axes of one device beside an automatic axis.
+        several = [axis for axis in SAMPLES if jax.lax.axis_size(axis) > 1]
 
         def summed(grad: chex.Array, spec: PartitionSpec) -> chex.Array:
             # The gather's own backward pass has summed a split leaf along `fsdp` already.
-            axes = SAMPLES if _axis(spec) is None else tuple(axis for axis in SAMPLES if axis != FSDP)
-            return jax.lax.psum(grad, axes)
+            axes = [axis for axis in several if _axis(spec) is None or axis != FSDP]
+            return jax.lax.psum(grad, axes) if axes else grad
 
         return jax.tree.map(summed, grads, self.specs)
 

@@ -49,9 +49,9 @@ def main(config_file, out, *where):
         with contextlib.closing(Checkpoints(tempfile.mkdtemp())) as empty:
             progress, frozen = start_or_resume(job, empty, mesh)
         phases = make_phases(job)
+        samples = draw(job, phases, frozen, progress)
         for _ in range(3):
             progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
-        samples = draw(job, phases, frozen, progress)
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
         found = whole({"state": progress.state, "samples": samples.transitions.next_latents})
     found |= {"scores": samples.scores, "finite": samples.finite}
@@ -62,7 +62,7 @@ def main(config_file, out, *where):
 
 
 def draw(job, phases, frozen, progress):
-    """The samples of the first prompts, in their order."""
+    """The first iteration's samples, by parameters that are the same everywhere."""
     prompts = job.prompts[: job.config.prompts_per_iteration]
     keys = prompt_keys(progress.key, 0, len(prompts))
     params = combine(progress.state.params, frozen)
