@@ -16,6 +16,7 @@ from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.parallel import hosts
+from egrpo_jax.run.profile import Window
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.loop import train
 
@@ -26,6 +27,12 @@ WORKDIR = flags.DEFINE_string(
 )
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a workdir that was made with another config.", flag_values=FLAGS
+)
+PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "Iterations FIRST:LAST, as in 3:5, to profile, for TensorBoard; see docs/scaling.md.",
+    flag_values=FLAGS,
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -44,11 +51,12 @@ PROCESS_ID = flags.DEFINE_integer(
 def main() -> None:
     """Trains, and tells how it ended."""
     config = from_config_dict(TrainConfig, CONFIG.value)
+    profile = None if PROFILE.value is None else Window.parse(PROFILE.value)
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
         with hosts.together():
-            signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value)
+            signal_number = train(config, workdir, ALLOW_CONFIG_CHANGE.value, profile)
     except hosts.SharedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -37,7 +37,7 @@ from egrpo_jax.training.state import save, start_or_resume
 from tests import fault_server, programs, toy
 
 ITERATIONS = 12
-TIMED = ("seconds/", "images_per_second")
+TIMED = ("seconds/", "images_per_second", "compilations")
 ONE_CALL = {"evaluation.every": 100, "evaluation.batch": 200}
 """Evaluations that call a reward once."""
 
@@ -83,11 +83,14 @@ def test_what_a_run_leaves(finished):
         *("loss", "ratio/mean", "ratio/max_deviation", "ratio/on_policy_deviation", "clip/high", "clip/low", "kl"),
         *("advantage/std", "advantage/max", "grad_norm", "update_norm", "learning_rate", "skipped_updates"),
         *("seconds/rollout", "seconds/decode", "seconds/reward", "seconds/update", "images_per_second"),
+        *("compilations", "seconds/compile"),
         "reward/tests.toy:brightness/mean",
         *(f"reward/tests.toy:slow_brightness/{what}" for what in ("mean", "std", "std_step_0", "std_step_1")),
     }
     assert all(expected <= line.keys() for line in lines[1:])
     assert all(line["ratio/on_policy_deviation"] <= 1e-6 for line in lines[1:])
+    assert lines[1]["compilations"] > 3
+    assert all(line["compilations"] == 0 for line in lines[2:])
     evaluated = [line["iteration"] for line in lines if "eval/tests.toy:brightness/mean" in line]
     assert evaluated == [0, 4, 8, 12]
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "9"]

@@ -23,7 +23,7 @@ def overview(job: Job, mesh: Mesh, mfu: float) -> str:
     """The schedule and the work of an iteration, by arithmetic, on the devices of `mesh`.
 
     `mfu` is the share of their peak at which the seconds are computed: of the model's operations, which are those that
-    `model_flop_utilisation` counts.
+    the metrics `mfu/rollout` and `mfu/update` count.
     """
     return "\n".join([describe(job.plan), "", *_work(job), "", *_devices(job, mesh), _seconds(job, mesh, mfu)])
 
@@ -65,7 +65,8 @@ def _seconds(job: Job, mesh: Mesh, mfu: float) -> str:
     if peak is None or flops is None:
         return "seconds: unknown, for want of the peak of these devices or the operations of the model"
     updates = job.config.learner.num_updates(len(job.plan.branches))
-    total = job.config.prompts_per_iteration * job.plan.forward_equivalents(updates) * flops
+    passes = job.plan.rollout_passes + job.plan.update_equivalents(updates)
+    total = job.config.prompts_per_iteration * passes * flops
     return (
         f"seconds: {total / (mesh.size * peak * mfu):.1f} an iteration in rollout and update, by arithmetic, at "
         f"{100 * mfu:.0f} % of {peak / 1e12:.0f} TFLOP/s on each; decoding, rewards and evaluation come on top"

@@ -128,12 +128,12 @@ class Plan:
         """Forward-and-backward passes of one prompt's update: a group shares its latents, hence one for each branch."""
         return len(self.branches)
 
-    def forward_equivalents(self, num_updates: int) -> int:
-        """The work of one prompt in forward passes: a backward pass is two, what remat repeats does not count.
+    def update_equivalents(self, num_updates: int) -> int:
+        """The work of one prompt's update in forward passes: a backward pass is two, what remat repeats does not count.
 
         Before the first of several updates, one more pass of each state takes the old log-probabilities.
         """
-        return self.rollout_passes + (3 + (num_updates > 1)) * self.training_passes
+        return (3 + (num_updates > 1)) * self.training_passes
 
     @property
     def decodes(self) -> int:

@@ -101,11 +101,13 @@ def roll_out(
       shape: (N, D) of the latents.
     """
     times = jnp.array(plan.times, jnp.float32)
-    _, path, velocities = solve_path(velocity_fn, params, anchor_noise(keys, shape), times, conditioning)
+    with jax.named_scope("anchors"):
+        _, path, velocities = solve_path(velocity_fn, params, anchor_noise(keys, shape), times, conditioning)
     transitions = _branch(plan, times, path, velocities, keys)
     return Rollout(transitions, _walk(velocity_fn, params, tails, transitions.next_latents, conditioning))
 
 
+@jax.named_scope("branches")
 def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Array, keys: chex.Array) -> Transitions:
     steps = jnp.array([branch.step for branch in plan.branches])
     stops = jnp.array([branch.stop for branch in plan.branches])
@@ -119,6 +121,7 @@ def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Ar
     return Transitions(latents, next_latents, time, next_time, sigma, log_prob(kernel, next_latents))
 
 
+@jax.named_scope("tails")
 def _walk(velocity_fn: VelocityFn, params: Any, tails: Tails, starts: chex.Array, conditioning: Any) -> chex.Array:
     """Walks `tails` from the samples `[P, E, G, N, D]` to t = 0: `[M, N, D]`."""
     _, num_branches, group_size, *shape = starts.shape

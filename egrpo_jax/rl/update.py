@@ -231,7 +231,8 @@ def update_policy(
       batches: the trained states of all workers, `[U, M, B]`.
     """
     if len(batches.weight) > 1:
-        old = jax.lax.map(lambda batch: score(state.params, batch), batches)
+        with jax.named_scope("old_log_probabilities"):
+            old = jax.lax.map(lambda batch: score(state.params, batch), batches)
         batches = batches._replace(old_log_prob=old)
     new, stats = jax.lax.scan(functools.partial(_optimizer_step, optimizer, gradient), state, batches)
     if config.ema_decay is not None:
@@ -244,7 +245,8 @@ def _optimizer_step(
 ) -> tuple[TrainState, UpdateStats]:
     """One update by `batch [M, B]`; not applied where it would leave a nan or infinity."""
     params, opt_state, ema, skipped = state
-    grads, stats = gradient(params, batch)
+    with jax.named_scope("gradient"):
+        grads, stats = gradient(params, batch)
     # A finite gradient may have an infinite update, and a finite update may overflow what a parameter is stored in. To
     # choose between old and new parameters afterwards would need memory for both, so the update is made twice: first
     # for this one bit, then, behind a barrier that keeps XLA from remembering the first, in place.
@@ -257,6 +259,7 @@ def _optimizer_step(
     return TrainState(params, opt_state, ema, skipped), UpdateStats(*stats, norm, update_norm)
 
 
+@jax.named_scope("optimizer")
 def _apply(
     optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any, chex.Array]:

@@ -1,4 +1,4 @@
-"""Seconds by phase, device memory, and what a chip could compute."""
+"""Seconds by phase, programs compiled, device memory, and what a chip could compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class PhaseTimer:
         """Adds the time spent inside to phase `name`."""
         start = time.perf_counter()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -28,6 +29,22 @@ class PhaseTimer:
         """{"seconds/<phase>": seconds} since the last call, and starts anew."""
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()}
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[float]]:
+    """The seconds of each program that is compiled meanwhile, or read from the compilation cache: a growing list."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 _PEAK_FLOPS = {

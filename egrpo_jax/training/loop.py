@@ -23,7 +23,8 @@ from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.finishing import finishing
 from egrpo_jax.run.metrics import MetricsWriter
 from egrpo_jax.run.preemption import PreemptionGuard
-from egrpo_jax.run.timing import PhaseTimer
+from egrpo_jax.run.profile import Profiler, Window
+from egrpo_jax.run.timing import PhaseTimer, count_compilations
 from egrpo_jax.run.workdir import check_record, record_config
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import MissingScoreError, NotFiniteError, run_iteration
@@ -34,8 +35,12 @@ from egrpo_jax.training.report import Evaluator, report, show, warn_of_rounding
 from egrpo_jax.training.state import Progress, save, start_or_resume
 
 
-def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False) -> int | None:
+def train(
+    config: TrainConfig, workdir: Path, allow_config_change: bool = False, profile: Window | None = None
+) -> int | None:
     """Runs or resumes training in `workdir`; returns the signal that ended it early, or None at its end.
+
+    The iterations of `profile` are written to `<workdir>/tb`.
 
     A signal that comes before the first iteration, and a second Ctrl-C, end it at once (`PreemptionGuard`).
 
@@ -52,7 +57,7 @@ def train(config: TrainConfig, workdir: Path, allow_config_change: bool = False)
             job = make_job(config, mesh)
         with _claimed(workdir, config, allow_config_change):
             print(describe(job.plan), flush=True)
-            with _opened(job, mesh, workdir, allow_config_change) as run:
+            with _opened(job, mesh, workdir, allow_config_change, profile) as run:
                 run.evaluate_if_due()
                 with guard.iterating():
                     run.iterate(guard)
@@ -72,19 +77,23 @@ def _claimed(workdir: Path, config: TrainConfig, allow_change: bool) -> Iterator
             if hosts.leads():
                 stack.enter_context(owned(workdir, "the workdir"))
                 check_record(workdir, to_config_dict(config).to_dict(), allow_change)
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restarted run compiles nothing anew
-            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compilation_cache"))
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            # Beside the workdir: a restart, or a run like one before, compiles nothing anew. Of several hosts the first
+            # one alone writes it, hence on the disk that they share.
+            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".compilation_cache"))
         yield
 
 
 @contextlib.contextmanager
-def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator[Run]:
+def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool, profile: Window | None) -> Iterator[Run]:
     """The run of the newest checkpoint, or a new one, with its files open."""
     checkpoints = Checkpoints(workdir / "checkpoints", job.config.checkpoint.keep)
     with finishing(checkpoints.close):
         progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
         if progress.iteration:
             print(f"resuming from iteration {progress.iteration}", flush=True)
+        if profile is not None:
+            profile.check(progress.iteration, job.config.num_iterations)
         with contextlib.ExitStack() as files:
             with hosts.agreed():
                 evaluate, writer = Evaluator(job, frozen, workdir, progress.iteration), None
@@ -92,7 +101,9 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool) -> Iterator
                     writer = MetricsWriter(workdir, progress.iteration or None, wandb=job.config.wandb)
                     files.enter_context(finishing(writer.close))
                     record_config(workdir, to_config_dict(job.config).to_dict())  # now that nothing refuses it any more
-            yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer)
+            profiler = Profiler(profile, workdir / "tb")
+            files.enter_context(finishing(profiler.close))
+            yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer, profiler)
 
 
 @dataclasses.dataclass
@@ -112,6 +123,7 @@ class Run:
     checkpoints: Checkpoints
     evaluate: Evaluator
     writer: MetricsWriter | None
+    profiler: Profiler
     sound: bool = True
 
     @property
@@ -150,14 +162,15 @@ class Run:
         """One iteration, and an evaluation where it is due; saves what is there if a reward fails."""
         timer = PhaseTimer()
         try:
-            with timer.phase("iteration"):
-                self.progress, numbers = run_iteration(self.job, self.phases, self.frozen, self.progress, timer)
-            self.sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
-            write = lambda: self.write(numbers | speed_numbers(self.job, timer))
-            with finishing(write):
-                if self.due:
-                    with timer.phase("evaluation"):
-                        numbers |= self.evaluate(self.progress)
+            with self.profiler.iteration(self.progress.iteration + 1), count_compilations() as compiled:
+                with timer.phase("iteration"):
+                    self.progress, numbers = run_iteration(self.job, self.phases, self.frozen, self.progress, timer)
+                self.sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
+                speed = lambda: speed_numbers(self.job, timer, compiled)
+                with finishing(lambda: self.write(numbers | speed())):
+                    if self.due:
+                        with timer.phase("evaluation"):
+                            numbers |= self.evaluate(self.progress)
         except (MissingScoreError, RewardError):
             with finishing(self.save):
                 raise

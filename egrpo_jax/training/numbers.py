@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -61,17 +61,37 @@ def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState)
     return {name: float(value) for name, value in numbers.items()}
 
 
-def speed_numbers(job: Job, timer: PhaseTimer) -> dict[str, float]:
-    """Seconds by phase, images a second; peak device memory and model FLOP utilisation where they are known."""
+def speed_numbers(job: Job, timer: PhaseTimer, compiled: Sequence[float]) -> dict[str, float]:
+    """Seconds by phase, images a second, how many programs were `compiled` in how many seconds.
+
+    Where they are known, peak device memory and each phase's model FLOP utilisation (PaLM, arXiv:2204.02311, appendix
+    B): the model's operations, without what remat repeats, by those of the devices' peak.
+    """
     seconds = timer.take()
-    prompts = job.config.prompts_per_iteration
-    speed = {"images_per_second": prompts * job.plan.decodes / seconds["seconds/iteration"]}
+    images = job.config.prompts_per_iteration * job.plan.decodes
+    speed = {
+        "images_per_second": images / seconds["seconds/iteration"],
+        "compilations": len(compiled),
+        "seconds/compile": sum(compiled),
+    }
     if (memory := peak_device_memory()) is not None:
         speed["peak_device_memory"] = memory
-    peak, flops = peak_flops(jax.devices()[0].device_kind), job.pipeline.forward_flops
-    if peak is not None and flops is not None:
-        updates = job.config.learner.num_updates(len(job.plan.branches))
-        work = prompts * job.plan.forward_equivalents(updates) * flops
-        busy = seconds["seconds/rollout"] + seconds["seconds/update"]
-        speed["model_flop_utilisation"] = work / (busy * peak * jax.device_count())
+    if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
+        most = peak * jax.device_count()
+        speed |= {
+            f"mfu/{phase}": flops / (seconds[f"seconds/{phase}"] * most) for phase, flops in _model_flops(job).items()
+        }
     return seconds | speed
+
+
+def _model_flops(job: Job) -> dict[str, float]:
+    """Operations of an iteration's phases on all devices, of those where they are known."""
+    plan, pipeline = job.plan, job.pipeline
+    updates = job.config.learner.num_updates(len(plan.branches))
+    of_a_prompt = {
+        "rollout": (plan.rollout_passes, pipeline.forward_flops),
+        "decode": (plan.decodes, pipeline.decode_flops),
+        "update": (plan.update_equivalents(updates), pipeline.forward_flops),
+    }
+    prompts = job.config.prompts_per_iteration
+    return {phase: prompts * count * each for phase, (count, each) in of_a_prompt.items() if each is not None}

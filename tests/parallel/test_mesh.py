@@ -13,6 +13,7 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import programs, tiny_flux
 
 ROOT = Path(__file__).parent.parent.parent
+MESHES = ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2))
 
 
 def run(config, out, *axes):
@@ -29,10 +30,10 @@ def run(config, out, *axes):
 @pytest.mark.parametrize(
     ("config", "meshes"),
     [
-        ("tests/toy.py", ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2))),
-        ("tests/toy.py@1x12", ((8, 1, 1), (1, 8, 1))),  # eight devices share the samples of one prompt
         ("tests/toy.py@6x4", ((2, 2, 2),)),  # two of four share three prompts
-        pytest.param("configs/emoji.py", ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)), marks=pytest.mark.mesh),
+        pytest.param("tests/toy.py", MESHES, marks=pytest.mark.mesh),
+        pytest.param("tests/toy.py@1x12", ((8, 1, 1), (1, 8, 1)), marks=pytest.mark.mesh),  # eight share one prompt
+        pytest.param("configs/emoji.py", MESHES, marks=pytest.mark.mesh),
     ],
 )
 def test_samples_and_parameters_after_three_updates_do_not_depend_on_the_devices(tmp_path, config, meshes):
@@ -50,7 +51,8 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", ["", pytest.param(",lora", marks=pytest.mark.mesh)])
+@pytest.mark.mesh
+@pytest.mark.parametrize("lora", ["", ",lora"])
 def test_flux_with_sharded_parameters(tmp_path, lora):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
     config = f"tests/tiny_flux.py:{folder}{lora}"
@@ -58,7 +60,8 @@ def test_flux_with_sharded_parameters(tmp_path, lora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.mesh)])
+@pytest.mark.mesh
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
 def test_ratio_is_one_in_bfloat16_until_the_parameters_move(tmp_path, axes):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
     found = run(f"tests/tiny_flux.py:{folder},bfloat16", tmp_path / "eight.npz", *axes)

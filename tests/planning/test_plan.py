@@ -96,8 +96,8 @@ def test_one_more_pass_before_several_updates(mesh):
     joint = dataclasses.replace(TOY, learner=dataclasses.replace(TOY.learner, updates="joint"))
     assert count_passes(job).scoring == prompts * active
     assert count_passes(sketch_job(joint)).scoring == 0
-    assert job.plan.forward_equivalents(active) - job.plan.forward_equivalents(1) == active
-    assert job.plan.forward_equivalents(1) == job.plan.rollout_passes + 3 * active
+    assert job.plan.update_equivalents(active) - job.plan.update_equivalents(1) == active
+    assert job.plan.update_equivalents(1) == 3 * active
 
 
 def test_scorers_take_memory_as_far_as_they_are_known(mesh):
