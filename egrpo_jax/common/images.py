@@ -40,5 +40,9 @@ def to_display(images: ArrayLike) -> np.ndarray:
 
 def finite_images(images: chex.Array) -> chex.Array:
     """Tells of each of `images [B, H, W, 3]` if it is without nan and infinity: bool `[B]`, from where they lie."""
-    isfinite = jnp.isfinite if isinstance(images, jax.Array) else np.isfinite
-    return isfinite(images).all((1, 2, 3))
+    return _finite(images) if isinstance(images, jax.Array) else np.isfinite(images).all((1, 2, 3))
+
+
+@jax.jit
+def _finite(images: chex.Array) -> chex.Array:
+    return jnp.isfinite(images).all((1, 2, 3))

@@ -88,11 +88,12 @@ class Checkpoints:
         if iteration == self._manager.latest_step():
             return
         self.wait()
-        if broken := _not_finite(state):
+        fingerprint, broken = _survey(state)
+        if broken is not None:
             raise UserError(
                 f"{self.directory}: no checkpoint of iteration {iteration} is written: {broken} is not finite"
             )
-        record = json.loads(json.dumps({"fingerprint": _fingerprint(state), "meta": dict(meta)}))
+        record = json.loads(json.dumps({"fingerprint": fingerprint, "meta": dict(meta)}))
         record["crc32"] = _crc32(record)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
         with self._written():
@@ -153,7 +154,7 @@ class Checkpoints:
     def _restore(self, iteration: int, target: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
         with hosts.agreed(_DamagedError), _damage_told():
             saved, state, meta = self._read(iteration, target, partial)
-        found = _fingerprint(state)
+        found, _ = _survey(state)
         for path, entry in saved.items():
             if entry != found[path]:
                 raise _DamagedError(f"checksum of {path} differs")
@@ -239,23 +240,13 @@ def _layout(state: PyTree) -> dict[str, list[Any]]:
     return {_name(path): [str(jnp.result_type(leaf)), list(np.shape(leaf))] for path, leaf in leaves}
 
 
-def _fingerprint(state: PyTree) -> dict[str, list[Any]]:
-    """{path: [dtype, shape, checksum]}; the same for every sharding."""
-    checksums = jax.device_get(_checksums(jax.tree.leaves(state)))
-    return {path: [*entry, int(value)] for (path, entry), value in zip(_layout(state).items(), checksums, strict=True)}
-
-
-def _not_finite(state: PyTree) -> str | None:
-    """The path of the first leaf with a nan or an infinity."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
-    broken = (path for (path, _), is_finite in zip(leaves, finite, strict=True) if not is_finite)
-    return next((_name(path) for path in broken), None)
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(jnp.asarray(leaf)).all() for leaf in leaves]
+def _survey(state: PyTree) -> tuple[_Fingerprint, str | None]:
+    """{path: [dtype, shape, checksum]}, the same for every sharding; and the first path with a nan or an infinity."""
+    layout = _layout(state)
+    checksums, finite = jax.device_get(_inspect(jax.tree.leaves(state)))
+    fingerprint = {path: [*layout[path], int(value)] for path, value in zip(layout, checksums, strict=True)}
+    broken = (path for path, is_finite in zip(layout, finite, strict=True) if not is_finite)
+    return fingerprint, next(broken, None)
 
 
 def _name(path: Any) -> str:
@@ -263,15 +254,18 @@ def _name(path: Any) -> str:
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """The sum modulo 2^32 of each array's bits, read as unsigned integers: any order of summing gives the same."""
+def _inspect(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Of each array the sum modulo 2^32 of its bits, read as unsigned integers, and whether it is finite.
+
+    Any order of summing gives that same sum.
+    """
 
     def checksum(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.asarray(leaf)
         words = leaf.view(f"uint{8 * leaf.dtype.itemsize}")
         return jnp.sum(words, dtype=jnp.uint32)
 
-    return [checksum(leaf) for leaf in leaves]
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    return [checksum(each) for each in arrays], [jnp.isfinite(each).all() for each in arrays]
 
 
 def _check_same_model(path: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -152,7 +153,8 @@ def _hand_in(job: Job, tails: Tails, images: jax.Array, prompts: Sequence[str]) 
     with hosts.alone(jax.sharding.get_mesh()):
         for name, reward in job.rewards.items():
             chosen = _scored(job, tails, name in job.config.rewards.train)[rows]
-            scores = reward.start(own if chosen.all() else own[chosen], list(shown[chosen]))
+            judged = own if chosen.all() else jnp.take(own, np.flatnonzero(chosen), axis=0, mode="clip")
+            scores = reward.start(judged, list(shown[chosen]))
             pending[name] = rows[chosen], scores
         return _HandedIn(np.asarray(finite_images(own)), rows, pending)
 
@@ -188,10 +190,14 @@ def assign_credit(config: RewardsConfig, scores: dict[str, Scores]) -> tuple[che
 
     If all do, there is nothing to learn from: the advantages are nan, and the update is skipped.
     """
+    values = {name: scores[name].values for name in config.train}
+    came = np.stack([scores[name].came for name in config.train]).all(0)
+    return jax.block_until_ready(_advantage(config, values, came)), int((~complete_groups(came)).sum())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advantage(config: RewardsConfig, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
     weights = dict(zip(config.train, config.weights, strict=True))
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
-    rewards = {name: jnp.asarray(scores[name].values) for name in config.train}
-    came = jnp.stack([scores[name].came for name in config.train]).all(0)
-    judged = complete_groups(came)
-    advantage = credit(rewards, came, weights, config.combination, clips)
-    return jax.block_until_ready(jnp.where(judged.any(), advantage, jnp.nan)), int((~judged).sum())
+    advantage = credit(values, came, weights, config.combination, clips)
+    return jnp.where(complete_groups(came).any(), advantage, jnp.nan)

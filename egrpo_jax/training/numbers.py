@@ -26,20 +26,29 @@ def reward_numbers(
     scores that never came; all else is of those that did. Images that are not `finite` are counted apart."""
     numbers: dict[str, Any] = {f"reward/{name}/mean": mean for name, mean in heldout.items()}
     for name, (values, came) in scores.items():
-        shown = np.where(came, values, np.nan)
-        within = jnp.nanmean(jnp.std(shown, -1, ddof=1), (0, 2))
-        numbers[f"reward/{name}/mean"] = jnp.nanmean(shown)
-        numbers[f"reward/{name}/std"] = jnp.nanstd(shown)
-        numbers[f"reward/{name}/zero_std_groups"] = zero_spread_share(shown)
+        mean, std, zero_spread, within = _spread(values, came)
+        numbers[f"reward/{name}/mean"] = mean
+        numbers[f"reward/{name}/std"] = std
+        numbers[f"reward/{name}/zero_std_groups"] = zero_spread
         numbers[f"reward/{name}/missing"] = (finite & ~came).sum()
-        for branch, std in zip(plan.branches, within, strict=True):
+        for branch, std in zip(plan.branches, np.asarray(within), strict=True):
             numbers[f"reward/{name}/std_step_{branch.step}"] = std
     numbers["images_not_finite"] = (~finite).sum()
     return {name: float(value) for name, value in numbers.items()}
 
 
+@jax.jit
+def _spread(values: chex.Array, came: chex.Array) -> tuple[chex.Array, ...]:
+    """Of scores `[P, E, R, G]` that came: mean, std, the share of groups without spread, the std within a group
+    `[E]`."""
+    shown = jnp.where(came, values, jnp.nan)
+    within = jnp.nanmean(jnp.std(shown, -1, ddof=1), (0, 2))
+    return jnp.nanmean(shown), jnp.nanstd(shown), zero_spread_share(shown), within
+
+
 def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState) -> dict[str, float]:
     """Of the iteration's updates: means over them, the largest deviations of a ratio from 1, counters."""
+    advantage, stats = jax.device_get((advantage, stats))
     numbers = {
         "loss": stats.loss.loss.mean(),
         "ratio/mean": 1 + stats.loss.ratio_excess.mean(),
