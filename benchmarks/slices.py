@@ -3,7 +3,7 @@
     python -m benchmarks.slices --only=v5p:2x2x1 --only=v6e:2x4     # needs the extra `tpu`; 1 to 20 minutes a phase
     python -m benchmarks.slices --only=none                         # the table and the plot of what is there
 
-The paper's setting, 720 x 720 pixels, with 2 prompts for each chip, stored embeddings and HPSv2.1, weights over `fsdp`.
+The paper's setting, 720 x 720 pixels, with 2 prompts for each chip, stored embeddings and HPSv2.1.
 What is compiled is kept in docs/results/slices.json and not compiled again; the table is for docs/scaling.md.
 """
 
@@ -35,6 +35,9 @@ KINDS, PHASES = ("full", "lora"), ("rollout", "update")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TAILS = 12
 """Slots of a device."""
+FSDP = {"v4": 8, "v5p": 4, "v5e": 16, "v6e": 8, "tpu7x": 4}
+"""Devices over which weights are split: as few as hold them. Over more, each gather has more to send in smaller pieces;
+the other devices hold further copies."""
 
 FLAGS = flags.FlagValues()
 ONLY = flags.DEFINE_multi_string(
@@ -44,8 +47,8 @@ KIND = flags.DEFINE_multi_enum("kind", KINDS, KINDS, "All weights, or adapters."
 ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.", flag_values=FLAGS)
 
 
-def config(kind: str, chips: int) -> TrainConfig:
-    """The run on `chips` chips."""
+def config(kind: str, generation: str, chips: int) -> TrainConfig:
+    """The run on `chips` chips of a `generation`."""
     options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None)
     return TrainConfig(
         prompts_per_iteration=2 * chips,
@@ -53,14 +56,14 @@ def config(kind: str, chips: int) -> TrainConfig:
         model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
         rewards=RewardsConfig(train=("hpsv2.1",)),
         learner=LearnerConfig(micro_batch=1),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=-1, fsdp=FSDP[generation]),
     )
 
 
 def compile_one(topology: str, kind: str, phase: str) -> dict[str, Any]:
     """What `plan` finds, as numbers of one device and iteration."""
     devices = slice_devices(topology)
-    run = config(kind, len({tuple(device.coords) for device in devices}))
+    run = config(kind, topology.split(":")[0], len({tuple(device.coords) for device in devices}))
     mesh = make_mesh(run.mesh, devices)
     with jax.set_mesh(mesh):
         cost = phase_cost(sketch_job(run), mesh, phase)

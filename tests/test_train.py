@@ -28,6 +28,7 @@ from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.rewards import RewardError
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.metrics import read_metrics
+from egrpo_jax.run.profile import Window
 from egrpo_jax.training import job
 from egrpo_jax.training import loop as program
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
@@ -113,6 +114,17 @@ def test_a_finished_run_reports_again_and_changes_nothing(finished, capsys):
     assert "evaluation prompts" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_text() == before[0]
     np.testing.assert_equal(final_state(finished), before[1])
+
+
+def test_a_profile_knows_the_steps_of_the_method_by_name(tmp_path):
+    changed = config(num_iterations=2)
+    with pytest.raises(UserError, match="--profile: found 2:3, expected iterations from 1 to 2"):
+        program.train(changed, tmp_path, profile=Window(2, 3))
+    program.train(changed, tmp_path, profile=Window(2, 2))
+    (path,) = tmp_path.glob("tb/plugins/profile/*/*.xplane.pb")
+    content = path.read_bytes()
+    names = (b"anchors/", b"branches/", b"tails/", b"gradient/", b"optimizer/", b"rollout", b"decode", b"reward")
+    assert all(name in content for name in names)
 
 
 def wait_for(condition, process):

@@ -51,7 +51,9 @@ class Profiler:
     def iteration(self, number: int) -> Iterator[None]:
         """Profiles what is done inside, if iteration `number` is in the window."""
         if self._window is not None and number == self._window.first:
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of a Python function would drown the phases
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._running = True
         with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
             yield
