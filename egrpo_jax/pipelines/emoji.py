@@ -13,6 +13,7 @@ from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
 from egrpo_jax.models.text_encoder import TextFeatures
 from egrpo_jax.pipelines.base import Family, Pipeline
+from egrpo_jax.pipelines.flux.rules import TRANSFORMER_RULES
 from egrpo_jax.text.emoji import LENGTH
 from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_asset, read_flow
@@ -37,6 +38,7 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
         decode=lambda _, latents: latents_to_pixels(latents, flow.grid, flow.patch),
         latents_shape=(tokens, flow.config.in_channels),
         conditioning=TextFeatures(shape(LENGTH, flow.config.text_dim), shape(flow.config.pooled_dim)),
+        rules=TRANSFORMER_RULES,
         forward_flops=flops,
         training_flops=3 * flops,
     )

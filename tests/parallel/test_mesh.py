@@ -97,3 +97,12 @@ def test_an_environment_without_devices_is_one_line(tmp_path, variable, value, l
     assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+def test_a_checkpoint_of_one_layout_is_read_on_every_other_bit_for_bit():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-m", "tests.parallel.across_layouts"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

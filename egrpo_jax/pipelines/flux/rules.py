@@ -1,4 +1,4 @@
-"""Rules by which the parameters of FLUX.1 are sharded."""
+"""Rules by which the parameters of FLUX.1, and of the embedded model of its kind, are sharded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from jax.sharding import PartitionSpec
 
 from egrpo_jax.parallel.rules import INTO_TENSOR, OUT_OF_TENSOR, Rules
 
+_OUT = r"(image_out|text_out|out|(_ff|_in)/linear_2)/kernel$"
+TRANSFORMER_RULES: Rules = ((_OUT, OUT_OF_TENSOR), (r"(^|/)kernel$", INTO_TENSOR))
+"""For a pipeline whose parameters are the transformer's alone."""
 FLUX_RULES: Rules = (
-    (r"(^|/)flow/.*(image_out|text_out|out|(_ff|_in)/linear_2)/kernel$", OUT_OF_TENSOR),
+    (rf"(^|/)flow/.*{_OUT}", OUT_OF_TENSOR),
     (r"(^|/)t5/.*(out|mlp_out)/kernel$", OUT_OF_TENSOR),
     (r"(^|/)(flow|t5)/.*/kernel$", INTO_TENSOR),
     (r"(^|/)t5/tokens/embedding$", PartitionSpec("tensor", "fsdp")),
