@@ -82,7 +82,8 @@ def finished(tmp_path_factory):
     first, second = finish(train(workdir))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "evaluation prompts" in first[1]
-    assert not [line for line in second[1].splitlines() if "Gloo" not in line]  # the leader speaks
+    # The leader speaks; Gloo says how it is connected, from several threads at once.
+    assert not [line for line in second[1].splitlines() if line and not re.search("Gloo|peer ranks", line)]
     return workdir
 
 
