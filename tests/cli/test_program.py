@@ -127,7 +127,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(egrpo_jax.__file__).parents[1
 
 
 def finished(command, folder, environment):
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    """Ctrl-C means what it does in a terminal, even where these tests run in the background, which ignores it."""
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, preexec_fn=heed
+    )
 
 
 def start(folder, *arguments):
