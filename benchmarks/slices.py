@@ -36,8 +36,8 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TAILS = 12
 """Slots of a device."""
 FSDP = {"v4": 8, "v5p": 4, "v5e": 16, "v6e": 8, "tpu7x": 4}
-"""Devices over which weights are split; the other devices hold further copies. Over more, a gather sends more and smaller
-pieces. That all weights fit so is known of v5p and v6e alone."""
+"""Devices over which weights are split; the others hold copies. Over more, a gather sends more and smaller pieces. All
+weights are known to fit so on v5p and v6e, on the others not."""
 
 FLAGS = flags.FlagValues()
 ONLY = flags.DEFINE_multi_string(
