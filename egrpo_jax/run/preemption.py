@@ -29,7 +29,8 @@ class PreemptionGuard:
     cut off. Works in the main thread only.
 
     Python runs handlers between two instructions of the main thread, hence neither while XLA compiles nor while a
-    device computes. A thread of our own hears the signals meanwhile.
+    device computes. A thread of our own hears the signals meanwhile. Where Python cannot raise, as in a callback of its
+    garbage collection, it drops what a handler raises: the next signal raises anew.
 
     Attributes:
       requested: the number of the last signal that came while iterating, or None.
@@ -39,6 +40,7 @@ class PreemptionGuard:
         self.requested: int | None = None
         self._iterating = False
         self._ending: int | None = None
+        self._raised: BaseException | None = None
         self._left = threading.Event()
 
     def __enter__(self) -> Self:
@@ -48,9 +50,11 @@ class PreemptionGuard:
         self._thread.start()
         self._previous: dict[int, Any] = {number: signal.signal(number, self._leave) for number in _LAST_WORDS}
         self._previous_wakeup = signal.set_wakeup_fd(self._hears, warn_on_full_buffer=False)
+        self._previous_unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         return self
 
     def __exit__(self, *exception: object) -> None:
+        sys.unraisablehook = self._previous_unraisable
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -105,10 +109,17 @@ class PreemptionGuard:
         if self._ending != number:
             return
         self._ending = 0  # a second exception would only break what the first one tidies up
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        _tell(number)
-        raise SystemExit(128 + number)
+        if number == signal.SIGTERM and self._raised is None:
+            _tell(number)
+        self._raised = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        raise self._raised
+
+    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Runs where Python drops an exception: if it is ours, `_end`, which still waits, has it raised once more."""
+        if dropped.exc_value is not None and dropped.exc_value is self._raised:
+            self._ending = signal.SIGINT if isinstance(self._raised, KeyboardInterrupt) else signal.SIGTERM
+        else:
+            self._previous_unraisable(dropped)
 
 
 def _tell(number: int) -> None:

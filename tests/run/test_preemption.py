@@ -96,3 +96,30 @@ def test_a_main_thread_that_does_not_hear_it_is_not_waited_for(number, line):
     process.send_signal(number)
     assert process.communicate(timeout=30)[1] == line
     assert process.returncode == 128 + number
+
+
+IN_A_CALLBACK = """
+import gc, signal, time
+from egrpo_jax.run import preemption
+def collecting(phase, details):
+    if phase == "start":
+        signal.raise_signal(signal.{name})
+        time.sleep(60)
+with preemption.PreemptionGuard():
+    gc.callbacks.append(collecting)
+    gc.collect()
+    gc.callbacks.clear()
+    try:
+        time.sleep(60)
+    finally:
+        print("tidied up")
+"""
+
+
+@pytest.mark.parametrize(("name", "line"), [("SIGTERM", "terminated\n"), ("SIGINT", "KeyboardInterrupt\n")])
+def test_where_python_drops_exceptions_the_signal_is_raised_once_more(name, line):
+    program = IN_A_CALLBACK.format(name=name)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "tidied up\n"
+    assert "ignored" not in done.stderr
+    assert done.stderr.endswith(line)
