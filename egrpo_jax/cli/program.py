@@ -161,6 +161,19 @@ def _drop_output() -> None:
 
 
 def _restore_interrupts() -> None:
-    """Lets Ctrl-C raise KeyboardInterrupt: during imports it ended the process (egrpo_jax/__init__.py)."""
+    """Lets Ctrl-C raise KeyboardInterrupt: during imports it ended the process (egrpo_jax/__init__.py).
+
+    Where Python cannot raise, as in callbacks of its garbage collection, of which JAX has one, it would drop it.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = sys.unraisablehook
+    again = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            threading.Timer(0.05, again).start()
+        else:
+            usual(dropped)
+
+    sys.unraisablehook = send_again

@@ -38,6 +38,13 @@ def main():
     if job.steps == 15:
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
+    if job.steps == 22:
+        class Finalized:
+            def __del__(self):  # Python drops what is raised here
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.pause()
+        Finalized()
+        signal.pause()
     if job.steps == 16:
         full()
     if job.steps == 17:
@@ -231,8 +238,9 @@ def test_help_is_the_docstring_and_the_flags(folder, flag):
         assert part in result.stdout
 
 
-def test_ctrl_c_is_one_line(folder):
-    result = start(folder, "--config=good.py:15")
+@pytest.mark.parametrize("steps", [15, 22])
+def test_ctrl_c_is_one_line(folder, steps):
+    result = start(folder, f"--config=good.py:{steps}")
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
@@ -243,7 +251,9 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path):
 
 
 def test_importing_the_package_leaves_ctrl_c_alone():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    own = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    same = "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", f"{own}; import egrpo_jax; {same}"], cwd=programs.ROOT, check=True)
 
 
 @pytest.mark.parametrize(
