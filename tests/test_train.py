@@ -24,6 +24,7 @@ from PIL import Image
 
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.offload import HOST
 from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.rewards import RewardError
 from egrpo_jax.run.checkpoint import Checkpoints
@@ -503,6 +504,24 @@ def test_a_resumed_run_of_the_embedded_model_holds_its_state_once(tmp_path):
             save(checkpoints, progress._replace(iteration=3), made)
             del progress, frozen
             checkpoints.wait()
+
+
+def test_moments_that_rest_on_the_host_change_nothing_but_where_they_are(finished, tmp_path):
+    resting = config("slow", **ONE_CALL, **{"optim.offload": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "slow_brightness", Signals(1))
+        assert program.train(resting, tmp_path) == signal.SIGINT
+    mesh = make_mesh(resting.mesh)
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        progress, _ = start_or_resume(make_job(resting, mesh), checkpoints, mesh)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(progress.state.opt_state) if leaf.ndim} == {HOST}
+    assert program.train(resting, tmp_path) is None
+    state, expected = final_state(tmp_path), final_state(finished)
+    for name, value in expected.items():
+        np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    # And such a checkpoint is read by a run whose moments are on the devices.
+    usual = config("slow", **ONE_CALL, num_iterations=13)
+    assert program.train(usual, tmp_path, allow_config_change=True) is None
 
 
 def test_another_config_is_refused_unless_told(finished, tmp_path):

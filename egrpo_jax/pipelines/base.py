@@ -40,8 +40,8 @@ class Pipeline:
       trainable: regular expression, found in the paths (joined with '/') of the parameters that training changes.
       conditioning: what `encode` gives for one prompt, as `jax.ShapeDtypeStruct` without the leading axis; only `plan`
         needs it.
-      encoder_params: parameters, as `abstract_params`, that stay in memory once `encode` has been called; laid out by
-        `rules` as well.
+      encoder_params: parameters, as `abstract_params`, that stay in the devices' memory once `encode` has been called;
+        laid out by `rules` as well.
       forward_flops: floating-point operations of one sample's velocity, where known.
       decode_flops: those of decoding it, where known.
       training_flops: those of its forward and backward pass, with what is computed again, where known.

@@ -92,6 +92,9 @@ def _general(job: Job, mesh: Mesh, phase: str) -> Iterator[dict[str, Any]]:
         slots = job.config.tails_per_device
         slots = slots or default_slots(job.plan, rollout_prompts(job.config), sample_devices(mesh))
         yield {"tails_per_device": max(1, slots // 2)}
+    if "scorers" in kept_beside(job, mesh, phase):
+        yield {"scorers.offload": True}
+    yield {"optim.offload": True}
     yield {"optim.first_moment_dtype": "bfloat16"}
     if mesh.shape["data"] > 1:
         yield {"mesh.data": 1, "mesh.fsdp": -1}
@@ -99,8 +102,8 @@ def _general(job: Job, mesh: Mesh, phase: str) -> Iterator[dict[str, Any]]:
 
 def _is_lighter(now: Any, value: Any) -> bool:
     """Whether `value` would be a change for the less."""
-    if isinstance(now, int) and isinstance(value, int):
-        return value < now
+    if type(now) is int:
+        return bool(value < now)
     return now is None if dataclasses.is_dataclass(value) else now != value
 
 

@@ -144,7 +144,7 @@ def kept_beside(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
     """Bytes of one device that are in memory during a phase and are none of its arguments, by what they are."""
     parts = {
         "text encoders": bytes_on_device(with_shardings(mesh, job.pipeline.rules, dict(job.pipeline.encoder_params))),
-        "scorers": bytes_on_device(_scorers(job.config, mesh)),
+        "scorers": 0.0 if job.config.scorers.offload else bytes_on_device(_scorers(job.config, mesh)),
     }
     if phase != "update":
         state = abstract_state(job, mesh)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from egrpo_jax.common.offload import HOST
 from egrpo_jax.common.trees import partition
 from egrpo_jax.parallel.mesh import REPLICATED, over_samples, sample_devices
 from egrpo_jax.pipelines import sketch_pipeline
@@ -164,6 +165,6 @@ def named_arguments(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
 
 
 def bytes_on_device(tree: Any) -> float:
-    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
-    on_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return float(sum(map(on_device, jax.tree.leaves(tree))))
+    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings; none of what its host holds."""
+    held = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST]
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in held))

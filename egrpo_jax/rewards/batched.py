@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from egrpo_jax.common.offload import on_device
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import over_samples, sample_devices, spread
 from egrpo_jax.parallel.rules import Rules
@@ -27,7 +28,7 @@ class Batched:
     """A compiled network that takes any number of rows."""
 
     def __init__(self, network: Network, params: Any, batch: int, mesh: Mesh):
-        """`batch` rows at once on a device; `params` lie on `mesh`, over which the rows are spread."""
+        """`batch` rows at once on a device; `params` lie on `mesh`, over which the rows are spread, or its hosts."""
         self._params, self._batch, self._devices = params, batch, sample_devices(mesh)
         layout = Layout.of(params)
 
@@ -37,7 +38,8 @@ class Batched:
             outputs = jax.lax.map(lambda part: network(layout.boxed(params), *part), parts)
             return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), outputs)
 
-        self._run = jax.jit(spread(one_after_another, (layout.specs, over_samples()), over_samples(), mesh))
+        run = spread(one_after_another, (layout.specs, over_samples()), over_samples(), mesh)
+        self._run = jax.jit(lambda params, inputs: run(on_device(params), inputs))
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of all B rows of `inputs`."""

@@ -27,6 +27,7 @@ import tqdm
 from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.offload import on_device, on_host
 from egrpo_jax.models.clip import ClipConfig, LinearHead
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.batched import Batched
@@ -94,9 +95,10 @@ class ClipReward:
 
     def __init__(self, clip: LoadedClip, batch: int, mesh: Mesh, scale: float = 1.0):
         self.encode_images = ImageFeatures(clip, batch, mesh)
-        encode = jax.jit(functools.partial(clip.model.apply, method="encode_text"))
+        encode = functools.partial(clip.model.apply, method="encode_text")
+        run = jax.jit(lambda params, ids: encode({"params": on_device(params)}, ids))
         params = _without(clip.params, "vision", "image_projection")
-        self._texts = TextFeatures(lambda texts: np.asarray(encode({"params": params}, clip.tokenize(texts))))
+        self._texts = TextFeatures(lambda texts: np.asarray(run(params, clip.tokenize(texts))))
         self._score = jax.jit(lambda images, texts: scale * (images * texts).sum(-1))
 
     def __call__(self, images: chex.Array, prompts: Sequence[str]) -> chex.Array:
@@ -142,18 +144,20 @@ def _hps(version: str, scorers: ScorersConfig, mesh: Mesh, sizes: ClipConfig | N
             f"comparable; use the reward 'hpsv{found}', or the file of HPSv{version}",
             file=sys.stderr,
         )
-    return ClipReward(clip, scorers.batch, mesh)
+    return ClipReward(_resting(clip, scorers), scorers.batch, mesh)
 
 
 def clip_score(scorers: ScorersConfig, mesh: Mesh) -> ClipReward:
     """The cosine itself, about 0.2 to 0.4. Raises UserError: as `load_clip`."""
-    return ClipReward(load_clip(scorers.clip_score.path, scorers.dtype, mesh), scorers.batch, mesh)
+    clip = load_clip(scorers.clip_score.path, scorers.dtype, mesh)
+    return ClipReward(_resting(clip, scorers), scorers.batch, mesh)
 
 
 def pickscore(scorers: ScorersConfig, mesh: Mesh) -> ClipReward:
     """PickScore as published, about 17 to 25. Raises UserError: as `load_transformers_clip`."""
     clip = load_transformers_clip(scorers.pickscore.path, scorers.dtype, mesh)
-    return ClipReward(clip, scorers.batch, mesh, scale=float(np.exp(np.asarray(clip.params["logit_scale"]))))
+    scale = float(np.exp(np.asarray(clip.params["logit_scale"])))
+    return ClipReward(_resting(clip, scorers), scorers.batch, mesh, scale)
 
 
 def aesthetic(scorers: ScorersConfig, mesh: Mesh) -> AestheticReward:
@@ -167,7 +171,11 @@ def aesthetic(scorers: ScorersConfig, mesh: Mesh) -> AestheticReward:
     params = load_params(open_weights(Path(path)), _head_layout(), with_shardings(mesh, (), shapes))
     # OpenAI's own, with which the head was trained, also where transformers publishes the model.
     clip = clip._replace(preprocess=Preprocess(clip.model.config.vision.image_size))
-    return AestheticReward(clip, params, scorers.batch, mesh)
+    return AestheticReward(_resting(clip, scorers), params, scorers.batch, mesh)
+
+
+def _resting(clip: LoadedClip, scorers: ScorersConfig) -> LoadedClip:
+    return clip._replace(params=on_host(clip.params)) if scorers.offload else clip
 
 
 def _head() -> LinearHead:

@@ -125,12 +125,14 @@ class ScorersConfig:
     Attributes:
       dtype: what scorers compute in.
       batch: images at once on a device.
+      offload: let the scorers of the next line rest in the hosts' memory, and bring each to the devices for a call.
       hps, clip_score, pickscore, imagereward, aesthetic: where the files of these rewards are.
       remote: rewards on other machines, by the names under which `rewards` has them.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch: Count = 16
+    offload: bool = False
     hps: HpsConfig = field(default_factory=HpsConfig)
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
     pickscore: PickScoreConfig = field(default_factory=PickScoreConfig)

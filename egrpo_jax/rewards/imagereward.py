@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from egrpo_jax.common.offload import on_host
 from egrpo_jax.models.blip import Blip, BlipConfig
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.batched import SCORER_RULES, Batched
@@ -55,6 +56,7 @@ def imagereward(scorers: ScorersConfig, mesh: Mesh, config: BlipConfig | None = 
     tokenize = load_wordpiece(vocabulary, TEXT_TOKENS, config.vocab_size)
     files = open_pickle(_file(scorers.imagereward.path))
     params = load_params(files, blip_layout(config), abstract_params(model, mesh), IGNORED)
+    params = on_host(params) if scorers.offload else params
 
     def network(params: Any, images: chex.Array, ids: chex.Array, mask: chex.Array) -> chex.Array:
         return model.apply({"params": params}, preprocess(images), ids, mask)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -26,6 +27,7 @@ class OptimConfig:
       weight_decay: of AdamW; decoupled, times the learning rate.
       first_moment_dtype: what AdamW's first moment is stored in; the second stays float32, since bfloat16 would lose
         its small increments.
+      offload: let the moments rest in the hosts' memory, which brings them to the devices in each update.
       grad_clip: largest global norm of a gradient.
       max_skipped: so many updates skipped in a row, for a loss or gradient that is not finite, end the run.
     """
@@ -37,6 +39,7 @@ class OptimConfig:
     eps: Annotated[float, Range(1e-16, 1)] = 1e-8
     weight_decay: WeightDecay = 1e-4
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
     grad_clip: GradNorm = 1.0
     max_skipped: Count = 10
 
@@ -53,8 +56,12 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW of clipped gradients, all in float32 whatever parameters are stored in."""
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW of clipped gradients, all in float32 whatever parameters are stored in.
+
+    Its `update` takes the gradient's global norm as `norm` where it is called for a part of the gradient; but for that,
+    it changes each element by itself.
+    """
     adamw = optax.inject_hyperparams(
         optax.adamw, static_args=("b1", "b2", "eps", "eps_root", "weight_decay", "mu_dtype")
     )(
@@ -65,15 +72,26 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mu_dtype=jnp.dtype(config.first_moment_dtype),
     )
-    return _in_float32(optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw))
+    return _in_float32(optax.chain(_clip_by_norm(config.grad_clip), adamw))
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, of a gradient whose norm may be known."""
+
+    def update(grads: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        del params
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(lambda grad: jnp.where(norm < largest, grad, grad / norm * largest), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`inner`, that sees parameters and gradients in float32 whatever they are stored in."""
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)
-    return optax.GradientTransformation(
+    return optax.GradientTransformationExtraArgs(
         init=lambda params: inner.init(cast(params)),
-        update=lambda grads, state, params: inner.update(cast(grads), state, cast(params)),
+        update=lambda grads, state, params, **known: inner.update(cast(grads), state, cast(params), **known),
     )
 
 

@@ -15,6 +15,7 @@ import optax
 from egrpo_jax.common.ranges import Count, Decay, Range, check
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.flow.transition import log_prob
+from egrpo_jax.rl.apply import apply_gradient
 from egrpo_jax.rl.deal import States
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss
 from egrpo_jax.rl.rollout import Transitions, group_kernel
@@ -247,30 +248,7 @@ def _optimizer_step(
     params, opt_state, ema, skipped = state
     with jax.named_scope("gradient"):
         grads, stats = gradient(params, batch)
-    # A finite gradient may have an infinite update, and a finite update may overflow what a parameter is stored in. To
-    # choose between old and new parameters afterwards would need memory for both, so the update is made twice: first
-    # for this one bit, then, behind a barrier that keeps XLA from remembering the first, in place.
-    sound = _all_finite((stats.loss.loss, *_apply(optimizer, grads, opt_state, params)[:2]))
     norm = optax.tree.norm(grads)
-    grads, opt_state, params, sound = jax.lax.optimization_barrier((grads, opt_state, params, sound))
-    *new, update_norm = _apply(optimizer, grads, opt_state, params)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(sound, a, b), tuple(new), (params, opt_state))
+    params, opt_state, sound, update_norm = apply_gradient(optimizer, stats.loss.loss, norm, grads, opt_state, params)
     skipped = Skipped(jnp.where(sound, 0, skipped.in_a_row + 1), skipped.in_all + ~sound)
     return TrainState(params, opt_state, ema, skipped), UpdateStats(*stats, norm, update_norm)
-
-
-@jax.named_scope("optimizer")
-def _apply(
-    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
-) -> tuple[Any, Any, chex.Array]:
-    """New parameters, new optimizer state, and the norm of the change."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(updates)
-
-
-def _all_finite(tree: Any) -> chex.Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in leaves])
-    # A root, not `any`: XLA repeats a chain of cheap operations inside each of the hundreds of kernels that read this
-    # bit, which was more than half of compiling an update on a CPU; a root it computes once.
-    return jnp.sqrt(bad.sum(dtype=jnp.float32)) == 0

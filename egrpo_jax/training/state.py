@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.offload import on_host
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.data.prompts import prompts_hash
 from egrpo_jax.parallel import hosts
@@ -32,10 +33,11 @@ class Progress(NamedTuple):
 
 
 def abstract_state(job: Job, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state: moments and averages lie as their parameters do."""
+    """Shapes and shardings of the state: moments and averages lie as their parameters do, or in the hosts' memory."""
     trained, _ = partition(job.pipeline.abstract(mesh), job.pipeline.trainable)
     shapes = jax.eval_shape(lambda params: init_state(params, job.optimizer, job.config.learner), trained)
-    return with_shardings(mesh, job.pipeline.rules, shapes)
+    state = with_shardings(mesh, job.pipeline.rules, shapes)
+    return state._replace(opt_state=on_host(state.opt_state)) if job.config.optim.offload else state
 
 
 def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change: bool = False) -> tuple[Progress, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from configs import flux_egrpo, flux_lora, flux_schnell
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.common.offload import HOST
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
@@ -87,6 +89,17 @@ def test_adapters_are_found_by_either_name(base, tmp_path, module):
 def test_bfloat16_stays_near_float32(base):
     images = sample(load(base, dtype="bfloat16"))
     assert np.abs(images - sample(load(base))).mean() < 0.02
+
+
+def test_text_encoders_that_rest_on_the_host_encode_alike(base):
+    resting, usual = load(base, offload_encoders=True), load(base)
+    before = {id(array) for array in jax.live_arrays()}
+    with jax.set_mesh(MESH):
+        found, expected = resting.encode(["a cat"]), usual.encode(["a cat"])
+    kinds = [array.sharding.memory_kind for array in jax.live_arrays() if id(array) not in before and array.size > 500]
+    assert kinds.count(HOST) == len(kinds) / 2 >= 1
+    chex.assert_trees_all_equal(found, expected)
+    assert resting.encoder_params == {}
 
 
 def test_time_can_be_cut_to_thousandths(base):

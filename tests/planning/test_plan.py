@@ -18,6 +18,8 @@ from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, uncou
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, slice_devices
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
 from egrpo_jax.planning.report import overview, tables, trial_line, verdict
+from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import describe
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 from egrpo_jax.training.job import Job
@@ -81,6 +83,7 @@ def test_a_phase_that_does_not_fit_is_tried_with_changes(mesh, monkeypatch):
     assert "rollout: does not fit" in verdict(job, mesh, [cost])
     trials = {trial.text: trial for trial in changes.try_changes(job, mesh, cost, None)}
     assert trials["--config.tails_per_device=4"].is_compiled
+    assert trials["--config.optim.offload=True"].fits
     assert trials["--config.optim.first_moment_dtype=bfloat16"].fits
     assert trial_line(trials["--config.optim.first_moment_dtype=bfloat16"]).startswith("  fits: --config.optim")
     monkeypatch.setattr("egrpo_jax.planning.cost.capacity", lambda _: 1000)
@@ -107,6 +110,8 @@ def test_scorers_take_memory_as_far_as_they_are_known(mesh):
     job = sketch_job(dataclasses.replace(TOY, rewards=rewards))
     assert kept_beside(job, mesh, "update") == {"scorers": 4 * (986_109_441 + 446_206_689)}
     assert uncounted_scorers(job.config, mesh) == ["a:b"]
+    offloaded = dataclasses.replace(job.config, scorers=ScorersConfig(offload=True))
+    assert kept_beside(dataclasses.replace(job, config=offloaded), mesh, "update") == {}
 
 
 def test_flux_is_described_without_its_files():
@@ -148,6 +153,18 @@ def test_memory_of_flux_beside_a_rollout(mesh):
     assert beside["scorers"] == 4 * 986_109_441
     assert beside["steps"] == pytest.approx(6 * 8 * 13 * 2025 * 64 * 4, rel=0.01)  # of the 6 prompts before
     assert arguments["trained weights"] == pytest.approx(4 * 11.9e9, rel=0.01)
+    options = FluxOptions(offload_encoders=True)
+    resting = sketch_job(
+        TrainConfig(
+            model=ModelConfig("flux", FLUX.path, options),
+            optim=OptimConfig(offload=True),
+            rewards=rewards,
+            scorers=ScorersConfig(offload=True),
+        )
+    )
+    assert set(kept_beside(resting, mesh, "decode")) == {"steps", "moments"}
+    assert kept_beside(resting, mesh, "decode")["moments"] < 100  # counts
+    assert named_arguments(resting, mesh, "update")["moments"] < 100
 
 
 @pytest.mark.parametrize(

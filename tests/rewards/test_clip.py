@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.common.offload import HOST
 from egrpo_jax.models.clip import Clip
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.rewards import clip, clip_files
@@ -121,6 +122,23 @@ OTHER_SIZES = [
     ("clip_score", open_clip, "quick_gelu", "clip", 1),
     ("pickscore", clip_model, "quick_gelu", "scores", 100),
 ]
+
+
+@pytest.mark.parametrize(("reward", "oracle", "case"), [(reward, oracle, case) for reward, oracle, case, *_ in PARITY])
+def test_a_scorer_that_rests_on_the_host_gives_the_same_scores(folders, reward_of, reward, oracle, case):
+    config = scorers(folders(oracle, case), offload=True)
+    make = (
+        functools.partial(clip.hpsv2_1, sizes=oracle.CASES[case].config)
+        if reward == "hpsv2.1"
+        else getattr(clip, reward)
+    )
+    before = {id(array) for array in jax.live_arrays()}
+    resting = make(config, MESH)
+    new = [array for array in jax.live_arrays() if id(array) not in before and array.ndim > 1]
+    head = {"device"} if reward == "aesthetic" else set()
+    assert {array.sharding.memory_kind for array in new if array.size > 2000} == {HOST} | head
+    given = pixels("wide"), prompts("wide")
+    np.testing.assert_array_equal(resting(*given), reward_of(reward, oracle, case)(*given))
 
 
 @pytest.mark.parametrize("size", ["square", "wide", "tall", "odd"])

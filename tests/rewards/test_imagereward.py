@@ -48,6 +48,14 @@ def reward_of(folders):
     return functools.cache(lambda name: imagereward(scorers(folders[name], batch=2), mesh, CASES[name].config))
 
 
+def test_one_that_rests_on_the_host_gives_the_same_scores(folders, reward_of):
+    name = next(iter(CASES))
+    resting = imagereward(scorers(folders[name], batch=2, offload=True), make_mesh(MeshConfig()), CASES[name].config)
+    given = np.stack([in_unit_range(image) for image in images() if image.shape == images()[0].shape])
+    asked = ["a cat"] * len(given)
+    np.testing.assert_array_equal(resting(given, asked), reward_of(name)(given, asked))
+
+
 def in_unit_range(image):
     return (image / 255).astype(np.float32)
 

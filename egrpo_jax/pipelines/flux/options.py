@@ -52,6 +52,7 @@ class FluxOptions:
       transformer: other weights for the transformer: a diffusers folder, a single file in the BFL layout, or what
         `convert --to orbax` wrote.
       embeddings: a folder that `encode` made; then no text encoder is loaded.
+      offload_encoders: let the text encoders rest in the hosts' memory, and bring them to the devices for a call.
       lora: adapters to train; None trains all weights of the transformer.
       lora_weights: start from the adapters in this file, with its layers and ranks, instead of fresh ones.
       dtype: what the models compute in.
@@ -71,6 +72,7 @@ class FluxOptions:
     text_tokens: Annotated[int, Range(1, 100_000)] = 512
     transformer: str | None = None
     embeddings: str | None = None
+    offload_encoders: bool = False
     lora: FluxLora | None = None
     lora_weights: str | None = None
     dtype: Dtype = "bfloat16"

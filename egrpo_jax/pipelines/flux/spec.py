@@ -31,7 +31,7 @@ from egrpo_jax.pipelines.flux.loading import (
 from egrpo_jax.pipelines.flux.options import FluxOptions
 from egrpo_jax.pipelines.flux.parts import check_parts
 from egrpo_jax.pipelines.flux.rules import FLUX_RULES
-from egrpo_jax.pipelines.flux.text import FluxText, FluxTextEncoder
+from egrpo_jax.pipelines.flux.text import FluxText, text_encoder
 
 
 def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
@@ -53,7 +53,7 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
     return dataclasses.replace(
         pipeline,
         read=functools.partial(read_params, folder, options, config, vae_config),
-        encode=FluxTextEncoder(folder, options.text_tokens, options.dtype) if store is None else _stored(store),
+        encode=text_encoder(folder, options) if store is None else _stored(store),
         sampling_shift=published_shift(folder / "scheduler", pipeline.latents_shape[0]),
         known_prompts=store,
     )
@@ -101,7 +101,7 @@ def _describe(options: FluxOptions, config: FluxConfig, vae_config: VaeConfig) -
             jax.ShapeDtypeStruct((options.text_tokens, config.text_dim), dtype),
             jax.ShapeDtypeStruct((config.pooled_dim,), dtype),
         ),
-        encoder_params={} if options.embeddings is not None else text_encoder_shapes(options.dtype),
+        encoder_params={} if options.embeddings or options.offload_encoders else text_encoder_shapes(options.dtype),
         forward_flops=flops,
         decode_flops=decoder_flops(vae_config, 2 * grid[0], 2 * grid[1]),
         training_flops=passes * flops,

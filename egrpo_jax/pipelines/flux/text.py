@@ -9,7 +9,9 @@ from typing import NamedTuple
 import chex
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from egrpo_jax.common.offload import on_device, on_host
 from egrpo_jax.pipelines.flux.loading import TextModels, load_text_models, pipeline_folder
 from egrpo_jax.pipelines.flux.options import FluxOptions
 
@@ -24,8 +26,15 @@ class FluxText(NamedTuple):
 class FluxTextEncoder:
     """Encodes prompts by the text encoders of a pipeline's folder, loaded at the first call on the mesh that is set."""
 
-    def __init__(self, folder: Path, text_tokens: int, dtype: str):
-        self._load = lambda mesh: load_text_models(folder, text_tokens, dtype, mesh)
+    def __init__(self, folder: Path, text_tokens: int, dtype: str, offload: bool = False):
+        """With `offload` the parameters rest in host memory between calls."""
+
+        def load(mesh: Mesh) -> TextModels:
+            models = load_text_models(folder, text_tokens, dtype, mesh)
+            rest = on_host if offload else lambda params: params
+            return models._replace(t5_params=rest(models.t5_params), clip_params=rest(models.clip_params))
+
+        self._load = load
         self._models: TextModels | None = None
 
     @property
@@ -51,11 +60,16 @@ class FluxTextEncoder:
             if mesh.empty:
                 raise ValueError("no mesh to load text encoders on: call this within jax.set_mesh(mesh)")
             models = self._models = self._load(mesh)
-            self._t5 = jax.jit(lambda params, ids: models.t5.apply({"params": params}, ids))
-            self._clip = jax.jit(lambda params, ids: models.clip.apply({"params": params}, ids))
+            self._t5 = jax.jit(lambda params, ids: models.t5.apply({"params": on_device(params)}, ids))
+            self._clip = jax.jit(lambda params, ids: models.clip.apply({"params": on_device(params)}, ids))
         return self._models
 
 
 def flux_encoder(path: str, options: FluxOptions) -> FluxTextEncoder:
     """The text encoders of the FLUX.1 pipeline in the folder `path`, or with that name on the Hub."""
-    return FluxTextEncoder(pipeline_folder(path, text=True), options.text_tokens, options.dtype)
+    return text_encoder(pipeline_folder(path, text=True), options)
+
+
+def text_encoder(folder: Path, options: FluxOptions) -> FluxTextEncoder:
+    """The text encoders of the pipeline in `folder`."""
+    return FluxTextEncoder(folder, options.text_tokens, options.dtype, options.offload_encoders)
