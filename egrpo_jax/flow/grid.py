@@ -32,6 +32,17 @@ def shifted_times(num_steps: int, shift: float) -> Times:
     return tuple((shift * uniform / (1 + (shift - 1) * uniform)).tolist())
 
 
+def ends(times: Times, step: int, span: int) -> tuple[float, float]:
+    """t and t' of the step from `times[step]` over `span` grid steps.
+
+    Raises:
+      ValueError: it leaves the grid.
+    """
+    if not (0 <= step < step + span < len(times)):
+        raise ValueError(f"step {step} spanning {span} leaves the grid of {len(times) - 1} steps")
+    return times[step], times[step + span]
+
+
 def resolution_shift(
     image_tokens: int, small: tuple[int, float] = (256, 0.5), large: tuple[int, float] = (4096, 1.15)
 ) -> float:
