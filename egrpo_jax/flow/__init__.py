@@ -1,14 +1,16 @@
-"""Flows: time grids, random steps and their entropy, one transition, and the ODE."""
+"""Flows: time grids, random steps and their entropy, one transition, and the ODE's solvers."""
 
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.grid import Times, resolution_shift, shifted_times
 from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode, Process
-from egrpo_jax.flow.solver import VelocityFn, solve, solve_path, tail_steps
+from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver, VelocityFn, solve, solve_path, tail_steps
 from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
 
 __all__ = [
     "Cps",
     "DanceSde",
+    "DpmSolver2M",
+    "Euler",
     "ExactSde",
     "FlowSde",
     "Kernel",
@@ -16,6 +18,7 @@ __all__ = [
     "NoiseByStd",
     "Ode",
     "Process",
+    "Solver",
     "Times",
     "VelocityFn",
     "draw",

@@ -16,7 +16,7 @@ from egrpo_jax.common.ranges import Range, Shift, check
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy
 from egrpo_jax.flow.grid import Times, shifted_times
 from egrpo_jax.flow.process import FlowSde
-from egrpo_jax.flow.solver import tail_steps
+from egrpo_jax.flow.solver import Euler, tail_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,9 @@ class Plan:
     @property
     def rollout_passes(self) -> int:
         """Model forward passes of one prompt's rollout: the anchor's and the tails'; branching needs none."""
-        tails = sum(tail_steps(self.num_steps, b.stop, stride) for b in self.branches for stride in self.tail_strides)
-        return self.num_steps + self.group_size * tails
+        tails = itertools.product(self.branches, map(Euler, self.tail_strides))
+        steps = sum(tail_steps(solver, self.times, branch.stop) for branch, solver in tails)
+        return self.num_steps + self.group_size * steps
 
     @property
     def training_passes(self) -> int:
