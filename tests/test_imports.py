@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "egrpo_jax"
 ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "common": "",
-    "flow": "",
+    "flow": "common",
     "models": "common",
     "rl": "common flow",
     "parallel": "common",

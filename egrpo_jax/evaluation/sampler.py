@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.images import finite_images, to_uint8
 from egrpo_jax.flow.grid import Times
-from egrpo_jax.flow.solver import solve
+from egrpo_jax.flow.solver import Euler, solve
 from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
@@ -32,7 +31,7 @@ class Sampler:
 
         def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
             noise, boxed = anchor_noise(keys, pipeline.latents_shape), layout.boxed(params)
-            latents = solve(pipeline.velocity, boxed, noise, jnp.array(times, jnp.float32), conditioning)
+            latents = solve(Euler(), pipeline.velocity, boxed, noise, times, conditioning)
             return pipeline.decode(boxed, latents)
 
         spread_out = spread(sample, (layout.specs, over_samples(), over_samples()), over_samples())

@@ -12,6 +12,7 @@ import numpy as np
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.flow.entropy import exp_entropy
 from egrpo_jax.flow.grid import Times
+from egrpo_jax.flow.process import FlowSde
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +73,9 @@ def entropy_plot(
       threshold: tau of the entropy rule, drawn as a line; None if the merges were made otherwise.
       path: PNG to write; UserError if it cannot be written.
     """
-    steps = range(len(times) - 1)
-    single = [exp_entropy(times, step, 1, noise_level) for step in steps]
-    merged = [exp_entropy(times, step, merge, noise_level) for step, merge in zip(active_steps, merges, strict=True)]
+    steps, process = range(len(times) - 1), FlowSde(noise_level)
+    single = [exp_entropy(process, times, step, 1) for step in steps]
+    merged = [exp_entropy(process, times, step, merge) for step, merge in zip(active_steps, merges, strict=True)]
     figure = new_figure(8, 4.2)
     axes = figure.add_subplot()
     axes.bar(steps, single, width=0.85, color="lightgrey", label="one grid step")

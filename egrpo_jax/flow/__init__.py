@@ -1,13 +1,24 @@
-"""Flows: time grids, noise and entropy of a step, one transition, and the ODE."""
+"""Flows: time grids, random steps and their entropy, one transition, and the ODE's solvers."""
 
-from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, sigma
+from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.grid import Times, resolution_shift, shifted_times
-from egrpo_jax.flow.solver import VelocityFn, solve, solve_path, tail_steps
-from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob, sde_kernel
+from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode, Process
+from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver, VelocityFn, solve, solve_path, tail_steps
+from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
 
 __all__ = [
+    "Cps",
+    "DanceSde",
+    "DpmSolver2M",
+    "Euler",
+    "ExactSde",
+    "FlowSde",
     "Kernel",
     "Merge",
+    "NoiseByStd",
+    "Ode",
+    "Process",
+    "Solver",
     "Times",
     "VelocityFn",
     "draw",
@@ -16,10 +27,9 @@ __all__ = [
     "log_prob",
     "merge_by_entropy",
     "merges_by_entropy",
+    "noise_by_entropy",
     "resolution_shift",
-    "sde_kernel",
     "shifted_times",
-    "sigma",
     "solve",
     "solve_path",
     "tail_steps",

@@ -28,8 +28,44 @@ def shifted_times(num_steps: int, shift: float) -> Times:
         raise ValueError(f"num_steps must be at least 1, found {num_steps}")
     if not shift > 0:
         raise ValueError(f"shift must be positive, found {shift}")
-    uniform = np.linspace(1.0, 0.0, num_steps + 1)
-    return tuple((shift * uniform / (1 + (shift - 1) * uniform)).tolist())
+    return tuple(_shifted(np.linspace(1.0, 0.0, num_steps + 1), shift).tolist())
+
+
+def respaced_times(times: Times, start: int, num_steps: int) -> Times:
+    """`num_steps` + 1 times from `times[start]` to 0, evenly spaced in u = k/T as those of the shifted grid `times`.
+
+    Raises:
+      ValueError: `times` is no grid of `shifted_times`.
+    """
+    uniform = np.linspace(1.0, 0.0, len(times))
+    inner, time = uniform[1:-1], np.array(times[1:-1])
+    shifts = time * (1 - inner) / (inner * (1 - time))
+    if not np.allclose(shifts, shifts[:1]):
+        raise ValueError(f"expected a shifted grid, found the times {times}")
+    shift = shifts[0] if len(shifts) else 1.0  # the grid (1, 0) has any shift
+    return (times[start], *_shifted(np.linspace(uniform[start], 0.0, num_steps + 1), shift)[1:].tolist())
+
+
+def steps_left(times: Times, start: int) -> int:
+    """The grid steps from `times[start]` to the end. Raises ValueError if there is no such time."""
+    if not 0 <= start < len(times):
+        raise ValueError(f"expected a start from 0 to {len(times) - 1} on the grid, found {start}")
+    return len(times) - 1 - start
+
+
+def ends(times: Times, step: int, span: int) -> tuple[float, float]:
+    """t and t' of the step from `times[step]` over `span` grid steps.
+
+    Raises:
+      ValueError: it leaves the grid.
+    """
+    if not (0 <= step < step + span < len(times)):
+        raise ValueError(f"step {step} spanning {span} leaves the grid of {len(times) - 1} steps")
+    return times[step], times[step + span]
+
+
+def _shifted(uniform: np.ndarray, shift: float) -> np.ndarray:
+    return shift * uniform / (1 + (shift - 1) * uniform)
 
 
 def resolution_shift(

@@ -21,7 +21,7 @@ from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.common.ranges import Count, Range, Seed, Shift, check
 from egrpo_jax.data.emoji import IMAGE_SIZE, catalogue, heldout_names, render
 from egrpo_jax.flow.grid import shifted_times
-from egrpo_jax.flow.solver import VelocityFn, solve
+from egrpo_jax.flow.solver import Euler, VelocityFn, solve
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.patches import latents_to_pixels, pixels_to_latents
 from egrpo_jax.models.text_encoder import TextFeatures
@@ -191,12 +191,12 @@ def _evaluation(
     names = heldout_names()
     conditioning = encode_prompts(names)
     noise = jax.random.normal(key, (len(names), *shape))
-    times = jnp.array(shifted_times(8, shift=3.0))
+    times = shifted_times(8, shift=3.0)
     rewards = {f"judge_recall_{top}": load_reward(f"emoji_judge_r{top}") for top in (1, 10)}
 
     @jax.jit
     def sample(params: chex.ArrayTree) -> chex.Array:
-        return latents_to_pixels(solve(velocity_fn, params, noise, times, conditioning), grid, patch)
+        return latents_to_pixels(solve(Euler(), velocity_fn, params, noise, times, conditioning), grid, patch)
 
     def evaluate(params: chex.ArrayTree) -> dict[str, float]:
         images = sample(params)

@@ -13,9 +13,10 @@ from typing import Annotated
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Range, Shift, check
-from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy, sigma
+from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy
 from egrpo_jax.flow.grid import Times, shifted_times
-from egrpo_jax.flow.solver import tail_steps
+from egrpo_jax.flow.process import FlowSde
+from egrpo_jax.flow.solver import Euler, tail_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,9 @@ class Plan:
     @property
     def rollout_passes(self) -> int:
         """Model forward passes of one prompt's rollout: the anchor's and the tails'; branching needs none."""
-        tails = sum(tail_steps(self.num_steps, b.stop, stride) for b in self.branches for stride in self.tail_strides)
-        return self.num_steps + self.group_size * tails
+        tails = itertools.product(self.branches, map(Euler, self.tail_strides))
+        steps = sum(tail_steps(solver, self.times, branch.stop) for branch, solver in tails)
+        return self.num_steps + self.group_size * steps
 
     @property
     def training_passes(self) -> int:
@@ -144,19 +146,19 @@ class Plan:
 def make_plan(config: PlanConfig) -> Plan:
     """The E-GRPO plan of `config`."""
     times = shifted_times(config.num_steps, config.shift)
-    steps = config.resolved_active_steps
+    steps, process = config.resolved_active_steps, FlowSde(config.noise_level)
     if config.merges is not None:
         merges = tuple(Merge(length) for length in config.merges)
     else:
         assert config.entropy_threshold is not None  # PlanConfig demands one of the two
-        merges = merges_by_entropy(times, steps, config.noise_level, config.entropy_threshold)
+        merges = merges_by_entropy(process, times, steps, config.entropy_threshold)
     branches = tuple(
         Branch(
             step=step,
             stop=step + merge.length,
-            sigma=sigma(times, step, config.noise_level),
-            exp_entropy=exp_entropy(times, step, merge.length, config.noise_level),
-            unmerged_exp_entropy=exp_entropy(times, step, 1, config.noise_level),
+            sigma=process.noise(times, step, merge.length),
+            exp_entropy=exp_entropy(process, times, step, merge.length),
+            unmerged_exp_entropy=exp_entropy(process, times, step, 1),
             clamped=merge.clamped,
         )
         for step, merge in zip(steps, merges, strict=True)

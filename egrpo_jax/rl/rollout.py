@@ -8,8 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from egrpo_jax.flow.process import FlowSde
 from egrpo_jax.flow.solver import VelocityFn, solve_path
-from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob, sde_kernel
+from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
 from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.plan import Plan
 
@@ -53,7 +54,7 @@ def group_kernel(
 
     Rollout and loss both call this: all samples of a state share one velocity.
     """
-    kernel = sde_kernel(latents, velocity, time, next_time, sigma)
+    kernel = FlowSde().kernel(latents, velocity, time, next_time, sigma)
     return Kernel(kernel.mean[..., None, :, :], kernel.std[..., None, :, :])
 
 

@@ -7,6 +7,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.figures import plots
 from egrpo_jax.flow.entropy import exp_entropy
 from egrpo_jax.flow.grid import shifted_times
+from egrpo_jax.flow.process import FlowSde
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_entropy_plot(tmp_path, figures, threshold):
     plots.entropy_plot(times, 0.7, [0, 2], [1, 3], threshold, tmp_path / "entropy.png")
     (axes,) = figures[0].axes
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
-    assert heights[0] == [exp_entropy(times, step, 1, 0.7) for step in range(6)]
-    assert heights[1] == [exp_entropy(times, 0, 1, 0.7), exp_entropy(times, 2, 3, 0.7)]
+    assert heights[0] == [exp_entropy(FlowSde(0.7), times, step, 1) for step in range(6)]
+    assert heights[1] == [exp_entropy(FlowSde(0.7), times, 0, 1), exp_entropy(FlowSde(0.7), times, 2, 3)]
     assert [text.get_text() for text in axes.texts] == ["1", "3"]
     assert [line.get_ydata()[0] for line in axes.lines] == ([] if threshold is None else [threshold])
     assert size(tmp_path / "entropy.png")[0] > 800

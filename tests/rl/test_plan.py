@@ -4,6 +4,7 @@ import pytest
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.entropy import exp_entropy
+from egrpo_jax.flow.process import FlowSde
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
 
 
@@ -32,8 +33,8 @@ def test_costs(changes, rollout, decodes):
 def test_explicit_merges():
     plan = make_plan(PlanConfig(entropy_threshold=None, active_steps=(2, 5, 14), merges=(4, 1, 2)))
     assert [(branch.step, branch.stop) for branch in plan.branches] == [(2, 6), (5, 6), (14, 16)]
-    assert plan.branches[0].exp_entropy == exp_entropy(plan.times, 2, 4, 0.7)
-    assert plan.branches[0].unmerged_exp_entropy == exp_entropy(plan.times, 2, 1, 0.7)
+    assert plan.branches[0].exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 4)
+    assert plan.branches[0].unmerged_exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 1)
     assert not any(branch.clamped for branch in plan.branches)
 
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from egrpo_jax.common.errors import ConfigError
-from egrpo_jax.flow.transition import log_prob, sde_kernel
+from egrpo_jax.flow.process import FlowSde
+from egrpo_jax.flow.transition import log_prob
 from egrpo_jax.rl.deal import deal_states, deal_tails
 from egrpo_jax.rl.loss import clipped_ratio_loss
 from egrpo_jax.rl.optimizer import OptimConfig, last_learning_rate, make_optimizer, make_schedule
@@ -82,7 +83,7 @@ def test_one_shared_forward_equals_separate_forwards(params, step):
         repeat = lambda x: jnp.repeat(x, 5, axis=0)
         time = repeat(transitions.time)
         latents, text = repeat(transitions.latents), {"text": repeat(TEXT["text"])}
-        kernel = sde_kernel(
+        kernel = FlowSde().kernel(
             latents,
             toy.velocity(p, latents, time, text),
             time,
