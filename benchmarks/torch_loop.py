@@ -107,8 +107,8 @@ class TorchLoop:
     def _kernel(self, x: torch.Tensor, v: torch.Tensor, branch: Branch) -> tuple[torch.Tensor, float]:
         """Mean and standard deviation of the random step (Flow-GRPO, arXiv:2505.05470)."""
         t, span = self._plan.times[branch.step], self._plan.times[branch.step] - self._plan.times[branch.stop]
-        pull = branch.sigma**2 / (2 * t)
-        return x * (1 - pull * span) - v * (1 + pull * (1 - t)) * span, branch.sigma * span**0.5
+        pull = branch.noise**2 / (2 * t)
+        return x * (1 - pull * span) - v * (1 + pull * (1 - t)) * span, branch.noise * span**0.5
 
     def update(self, samples: Samples, batch: int, shared: bool) -> None:
         """One step of the optimizer by the benchmark's reward."""

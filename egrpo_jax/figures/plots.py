@@ -12,7 +12,7 @@ import numpy as np
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.flow.entropy import exp_entropy
 from egrpo_jax.flow.grid import Times
-from egrpo_jax.flow.process import FlowSde
+from egrpo_jax.flow.process import Process
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def reward_curve(
 
 def entropy_plot(
     times: Times,
-    noise_level: float,
+    process: Process,
     active_steps: Sequence[int],
     merges: Sequence[int],
     threshold: float | None,
@@ -67,13 +67,13 @@ def entropy_plot(
 
     Args:
       times: T + 1 times from 1 to 0.
-      noise_level: a of sigma_t = a sqrt(t / (1 - t)).
+      process: the kernel of random steps.
       active_steps: grid steps that are random.
       merges: for each of them, how many grid steps it spans.
       threshold: tau of the entropy rule, drawn as a line; None if the merges were made otherwise.
       path: PNG to write; UserError if it cannot be written.
     """
-    steps, process = range(len(times) - 1), FlowSde(noise_level)
+    steps = range(len(times) - 1)
     single = [exp_entropy(process, times, step, 1) for step in steps]
     merged = [exp_entropy(process, times, step, merge) for step, merge in zip(active_steps, merges, strict=True)]
     figure = new_figure(8, 4.2)

@@ -26,7 +26,7 @@ class Tails(NamedTuple):
     Attributes:
       start: `[D M]`; the sample that a tail starts from, of the worker's own P' E G.
       carried: `[L, D S]`; which of the worker's tails a slot carries at each pass; M if none.
-      time, next_time: `[L, D S]`; from where to where; equal if the slot carries none.
+      time, next_time, weight: `[L, D S]`; from where to where, equal if the slot carries none; and the solver's weight.
       sample: `[D M]`; the place of its end in `[P, E, R, G]`; -1 for one that only fills up.
     """
 
@@ -34,6 +34,7 @@ class Tails(NamedTuple):
     carried: np.ndarray
     time: np.ndarray
     next_time: np.ndarray
+    weight: np.ndarray
     sample: np.ndarray
 
     @property
@@ -77,7 +78,7 @@ def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = N
     """The tails of `plan` on `slots` slots of each worker, by default `default_slots`: the longest first."""
     teams, members, each = _teams(num_prompts, workers)
     slots = slots or default_slots(plan, num_prompts, workers)
-    shape = (each, len(plan.branches), len(plan.tail_strides), plan.group_size)
+    shape = (each, len(plan.branches), len(plan.tail_solvers), plan.group_size)
     lengths = np.array([len(_path(plan, shape, tail)) for tail in range(math.prod(shape))])
     queues = _queues(lengths, members * slots)
     # Every so-manieth slot is a member's: tails of one length then come to all members alike.
@@ -91,10 +92,8 @@ def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = N
     start = np.ravel_multi_index((prompt, active, sample), (each, len(plan.branches), plan.group_size))
     is_own = np.arange(most) < np.array([[len(share)] for share in shares])
     ends = filled + math.prod(shape) * np.arange(teams)[:, None, None]
-    carried, time, next_time = (
-        np.tile(np.concatenate(columns, axis=1), (1, teams)) for columns in zip(*tables, strict=True)
-    )
-    return Tails(np.tile(start.ravel(), teams), carried, time, next_time, np.where(is_own, ends, -1).ravel())
+    columns = (np.tile(np.concatenate(column, axis=1), (1, teams)) for column in zip(*tables, strict=True))
+    return Tails._make((np.tile(start.ravel(), teams), *columns, np.where(is_own, ends, -1).ravel()))
 
 
 def deal_states(
@@ -128,11 +127,12 @@ def _teams(num_prompts: int, workers: int) -> tuple[int, int, int]:
     return teams, workers // teams, num_prompts // teams
 
 
-def _path(plan: Plan, shape: tuple[int, ...], tail: int) -> list[tuple[float, float]]:
-    """The steps of a tail, of `shape` (P', E, R, G) made flat: from one time to the next."""
+def _path(plan: Plan, shape: tuple[int, ...], tail: int) -> list[tuple[float, float, float]]:
+    """The steps of a tail, of `shape` (P', E, R, G) made flat: from one time to the next, and the solver's weight."""
     _, active, which, _ = np.unravel_index(tail, shape)
-    stops = [*range(plan.branches[active].stop, plan.num_steps, plan.tail_strides[which]), plan.num_steps]
-    return [(plan.times[a], plan.times[b]) for a, b in itertools.pairwise(stops)]
+    solver = plan.tail_solvers[which]
+    nodes = solver.nodes(plan.times, plan.branches[active].stop)
+    return list(zip(nodes[:-1], nodes[1:], solver.weights(nodes), strict=True))
 
 
 def _queues(lengths: np.ndarray, slots: int) -> list[list[int]]:
@@ -148,13 +148,13 @@ def _queues(lengths: np.ndarray, slots: int) -> list[list[int]]:
 
 def _walk(
     plan: Plan, shape: tuple[int, ...], queues: list[list[int]], share: list[int], most: int, passes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`carried`, `time` and `next_time`, `[L, S]`, of one worker, whose tails are `share`."""
+) -> tuple[np.ndarray, ...]:
+    """`carried`, `time`, `next_time` and `weight`, `[L, S]`, of one worker, whose tails are `share`."""
     carried = np.full((passes, len(queues)), most, np.int32)
-    times = np.zeros((2, passes, len(queues)), np.float32)
+    walked = np.zeros((3, passes, len(queues)), np.float32)
     for slot, queue in enumerate(queues):
         steps = [(share.index(tail), *step) for tail in queue for step in _path(plan, shape, tail)]
         if steps:
-            rows, time, next_time = zip(*steps, strict=True)
-            carried[: len(steps), slot], times[:, : len(steps), slot] = rows, (time, next_time)
-    return carried, times[0], times[1]
+            rows, *numbers = zip(*steps, strict=True)
+            carried[: len(steps), slot], walked[:, : len(steps), slot] = rows, numbers
+    return carried, *walked

@@ -8,9 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from egrpo_jax.flow.process import FlowSde
+from egrpo_jax.flow.process import Process
 from egrpo_jax.flow.solver import VelocityFn, solve_path
-from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
+from egrpo_jax.flow.transition import Kernel, draw, log_prob
 from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.plan import Plan
 
@@ -23,7 +23,7 @@ class Transitions(NamedTuple):
     Attributes:
       latents: x_t, `[P, E, N, D]`.
       next_latents: x_t', `[P, E, G, N, D]`.
-      time, next_time, sigma: `[P, E]`.
+      time, next_time, noise: `[P, E]`.
       log_prob: log p(x_t' | x_t) as the rollout computed it, averaged over N and D, `[P, E, G]`.
     """
 
@@ -31,7 +31,7 @@ class Transitions(NamedTuple):
     next_latents: chex.Array
     time: chex.Array
     next_time: chex.Array
-    sigma: chex.Array
+    noise: chex.Array
     log_prob: chex.Array
 
 
@@ -48,13 +48,18 @@ class Rollout(NamedTuple):
 
 
 def group_kernel(
-    latents: chex.Array, velocity: chex.Array, time: chex.Array, next_time: chex.Array, sigma: chex.Array
+    process: Process,
+    latents: chex.Array,
+    velocity: chex.Array,
+    time: chex.Array,
+    next_time: chex.Array,
+    noise: chex.Array,
 ) -> Kernel:
-    """The SDE kernel of states `[..., N, D]`, with an axis for the samples of each state: mean `[..., 1, N, D]`.
+    """The kernel of states `[..., N, D]`, with an axis for the samples of each state: mean `[..., 1, N, D]`.
 
     Rollout and loss both call this: all samples of a state share one velocity.
     """
-    kernel = FlowSde().kernel(latents, velocity, time, next_time, sigma)
+    kernel = process.kernel(latents, velocity, time, next_time, noise)
     return Kernel(kernel.mean[..., None, :, :], kernel.std[..., None, :, :])
 
 
@@ -105,38 +110,43 @@ def roll_out(
     with jax.named_scope("anchors"):
         _, path, velocities = solve_path(velocity_fn, params, anchor_noise(keys, shape), times, conditioning)
     transitions = _branch(plan, times, path, velocities, keys)
-    return Rollout(transitions, _walk(velocity_fn, params, tails, transitions.next_latents, conditioning))
+    return Rollout(transitions, _walk(velocity_fn, params, plan, tails, transitions.next_latents, conditioning))
 
 
 @jax.named_scope("branches")
 def _branch(plan: Plan, times: chex.Array, path: chex.Array, velocities: chex.Array, keys: chex.Array) -> Transitions:
     steps = jnp.array([branch.step for branch in plan.branches])
     stops = jnp.array([branch.stop for branch in plan.branches])
-    sigmas = jnp.array([branch.sigma for branch in plan.branches], jnp.float32)
+    noises = jnp.array([branch.noise for branch in plan.branches], jnp.float32)
     latents, velocity = (jnp.moveaxis(x[steps], 0, 1) for x in (path, velocities))
-    time, next_time, sigma = (
-        jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], sigmas)
+    time, next_time, noise = (
+        jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], noises)
     )
-    kernel = group_kernel(latents, velocity, time, next_time, sigma)
+    kernel = group_kernel(plan.process, latents, velocity, time, next_time, noise)
     next_latents = draw(kernel, _branch_noise(keys, plan, path.shape[-2:]))
-    return Transitions(latents, next_latents, time, next_time, sigma, log_prob(kernel, next_latents))
+    return Transitions(latents, next_latents, time, next_time, noise, log_prob(kernel, next_latents))
 
 
 @jax.named_scope("tails")
-def _walk(velocity_fn: VelocityFn, params: Any, tails: Tails, starts: chex.Array, conditioning: Any) -> chex.Array:
+def _walk(
+    velocity_fn: VelocityFn, params: Any, plan: Plan, tails: Tails, starts: chex.Array, conditioning: Any
+) -> chex.Array:
     """Walks `tails` from the samples `[P, E, G, N, D]` to t = 0: `[M, N, D]`."""
     _, num_branches, group_size, *shape = starts.shape
-    prompts = tails.start // (num_branches * group_size)
+    prompts, solver = tails.start // (num_branches * group_size), plan.tail_stepper
 
-    def advance(latents: chex.Array, step: tuple[chex.Array, ...]) -> tuple[chex.Array, None]:
-        carried, time, next_time = step
+    def advance(carry: tuple[chex.Array, Any], step: tuple[chex.Array, ...]) -> tuple[tuple[chex.Array, Any], None]:
+        latents, history = carry
+        carried, time, next_time, weight = step
         here = latents[carried]
         own = jax.tree.map(lambda x: x[jnp.take(prompts, carried, mode="clip")], conditioning)
         velocity = velocity_fn(params, here, time, own)
-        return latents.at[carried].set(euler_step(here, velocity, time, next_time)), None
+        there, history = solver.step(here, velocity, time, next_time, weight, history)
+        return (latents.at[carried].set(there), history), None
 
     latents = starts.reshape(-1, *shape)[tails.start]
     spare = jnp.zeros_like(latents[:1])  # what a slot without a tail carries
-    steps = (tails.carried, tails.time, tails.next_time)
-    latents, _ = jax.lax.scan(advance, jnp.concatenate([latents, spare]), steps)
+    steps = (tails.carried, tails.time, tails.next_time, tails.weight)
+    history = solver.history(jnp.zeros((tails.carried.shape[1], *shape), latents.dtype))  # of each slot
+    (latents, _), _ = jax.lax.scan(advance, (jnp.concatenate([latents, spare]), history), steps)
     return latents[:-1]

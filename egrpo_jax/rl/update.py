@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from egrpo_jax.common.ranges import Count, Decay, Range, check
+from egrpo_jax.flow.process import Process
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.flow.transition import log_prob
 from egrpo_jax.rl.apply import apply_gradient
@@ -118,17 +119,20 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, config: Lea
     return TrainState(params, optimizer.init(params), ema, Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)))
 
 
-def policy_log_prob(velocity_fn: VelocityFn, params: Any, transitions: Transitions, conditioning: Any) -> chex.Array:
+def policy_log_prob(
+    velocity_fn: VelocityFn, process: Process, params: Any, transitions: Transitions, conditioning: Any
+) -> chex.Array:
     """The log-densities `[B, G]` of the samples of B states, by one forward pass of batch B.
 
     Args:
       velocity_fn, params: the model.
+      process: the kernel that the samples were drawn from.
       transitions: with one leading axis in place of P and E: `[B, ...]`.
       conditioning: pytree with leading axis B.
     """
     velocity = velocity_fn(params, transitions.latents, transitions.time, conditioning)
-    kernel = group_kernel(transitions.latents, velocity, transitions.time, transitions.next_time, transitions.sigma)
-    return log_prob(kernel, transitions.next_latents)
+    times = transitions.time, transitions.next_time, transitions.noise
+    return log_prob(group_kernel(process, transitions.latents, velocity, *times), transitions.next_latents)
 
 
 def take_batches(transitions: Transitions, advantage: chex.Array, states: States) -> Batch:
@@ -137,24 +141,26 @@ def take_batches(transitions: Transitions, advantage: chex.Array, states: States
     return Batch(states.prompt, states.weight, jax.tree.map(rows, transitions), rows(advantage))
 
 
-def score_batch(velocity_fn: VelocityFn, params: Any, conditioning: Any, batch: Batch) -> chex.Array:
+def score_batch(velocity_fn: VelocityFn, process: Process, params: Any, conditioning: Any, batch: Batch) -> chex.Array:
     """The log-densities `[M, B, G]` of the samples of `batch [M, B]` at `params`.
 
     Args:
       velocity_fn, params: the model.
+      process: the kernel that the samples were drawn from.
       conditioning: pytree with leading axis P.
       batch: see `take_batches`.
     """
-    return jax.lax.map(lambda micro: _score(velocity_fn, params, conditioning, micro), batch)
+    return jax.lax.map(lambda micro: _score(velocity_fn, process, params, conditioning, micro), batch)
 
 
 def policy_gradient(
-    velocity_fn: VelocityFn, config: LearnerConfig, params: Any, conditioning: Any, batch: Batch
+    velocity_fn: VelocityFn, process: Process, config: LearnerConfig, params: Any, conditioning: Any, batch: Batch
 ) -> tuple[Any, StepStats]:
     """The gradient of the loss of a worker's states `[M, B]` and its statistics, summed over micro-batches.
 
     Args:
       velocity_fn, params: the model.
+      process: the kernel that the samples were drawn from.
       conditioning: pytree with leading axis P.
       batch: see `take_batches`. Without old log-densities the ratio is 1 by construction.
 
@@ -163,7 +169,7 @@ def policy_gradient(
     """
 
     def loss(params: Any, micro: Batch) -> tuple[chex.Array, StepStats]:
-        scored = _score(velocity_fn, params, conditioning, micro)
+        scored = _score(velocity_fn, process, params, conditioning, micro)
         weight = micro.weight[:, None] / scored.shape[1]
         value, stats = policy_loss(scored, micro.old_log_prob, micro.advantage, config, weight)
         deviation = jnp.abs(jnp.expm1(scored - micro.transitions.log_prob))
@@ -190,9 +196,9 @@ def add_stats(parts: StepStats) -> StepStats:
     return StepStats(total._replace(ratio_deviation=largest), parts.rollout_deviation.max(0))
 
 
-def _score(velocity_fn: VelocityFn, params: Any, conditioning: Any, micro: Batch) -> chex.Array:
+def _score(velocity_fn: VelocityFn, process: Process, params: Any, conditioning: Any, micro: Batch) -> chex.Array:
     own = jax.tree.map(lambda x: x[micro.prompt], conditioning)
-    return policy_log_prob(velocity_fn, params, micro.transitions, own)
+    return policy_log_prob(velocity_fn, process, params, micro.transitions, own)
 
 
 def policy_loss(

@@ -111,7 +111,7 @@ def sample_and_score(
         with hosts.agreed(RewardError):
             own = [_wait(part, len(phases.tails.sample)) for part in parts]
         judged = hosts.total(own)
-    shape = (at_once, len(job.plan.branches), len(job.plan.tail_strides), job.plan.group_size)
+    shape = (at_once, len(job.plan.branches), len(job.plan.tail_solvers), job.plan.group_size)
     in_order = lambda parts: np.concatenate([_in_order(part, phases.tails, shape) for part in parts])
     of = lambda name: [part.scores[name] for part in judged]
     seen = _scored(job, phases.tails, train=False)

@@ -69,7 +69,7 @@ def _rollout(job: Job, layout: Layout, tails: Tails, params: Any, conditioning: 
 
     num_prompts, workers = len(keys), sample_devices()
     rows = deal_prompts(num_prompts, workers).ravel()
-    tables = Tails._make(over_samples(axis) for axis in (0, 1, 1, 1, 0))
+    tables = Tails._make(over_samples(axis) for axis in (0, 1, 1, 1, 1, 0))
     in_specs = (layout.specs, tables, over_samples(), over_samples())
     rollout = spread(roll, in_specs, over_samples())(
         layout.working_copy(params), tails, *_take((conditioning, keys), rows)
@@ -93,10 +93,10 @@ def _update(
     )
 
     def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> chex.Array:
-        return score_batch(velocity(frozen), trained, conditioning, batch)
+        return score_batch(velocity(frozen), job.plan.process, trained, conditioning, batch)
 
     def gradient(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> tuple[Any, StepStats]:
-        grads, stats = policy_gradient(velocity(frozen), config, trained, conditioning, batch)
+        grads, stats = policy_gradient(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
         return trained_layout.sum_gradients(grads), jax.tree.map(lambda x: x[None], stats)
 
     rows = deal_prompts(len(advantage), sample_devices()).ravel()

@@ -172,7 +172,7 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
     )
     plots.entropy_plot(
         job.plan.times,
-        config.plan.noise_level,
+        job.plan.process,
         [branch.step for branch in job.plan.branches],
         [branch.merge for branch in job.plan.branches],
         config.plan.entropy_threshold,

@@ -65,7 +65,7 @@ def test_reward_curve_of_a_short_run(tmp_path, lines):
 @pytest.mark.parametrize("threshold", [2.2, None])
 def test_entropy_plot(tmp_path, figures, threshold):
     times = shifted_times(6, 3.0)
-    plots.entropy_plot(times, 0.7, [0, 2], [1, 3], threshold, tmp_path / "entropy.png")
+    plots.entropy_plot(times, FlowSde(0.7), [0, 2], [1, 3], threshold, tmp_path / "entropy.png")
     (axes,) = figures[0].axes
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
     assert heights[0] == [exp_entropy(FlowSde(0.7), times, step, 1) for step in range(6)]

@@ -50,7 +50,7 @@ def sampled():
     roll = lambda: roll_out(
         functools.partial(velocity, "none"), params, plan, tails, (TEXT, POOLED), keys, (16, CONFIG.in_channels)
     )
-    return params, jax.jit(roll)().transitions
+    return params, plan.process, jax.jit(roll)().transitions
 
 
 SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections", "blocks") for batch in (1, None)]
@@ -58,7 +58,7 @@ SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections
 
 @pytest.mark.parametrize(("remat", "micro_batch", "updates"), [*SETTINGS, ("blocks", 1, "joint")])
 def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, updates):
-    params, transitions = sampled
+    params, process, transitions = sampled
     # So small a learning rate moves no float32: every update is at the parameters that sampled.
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-12))
     config = LearnerConfig(updates=updates, micro_batch=micro_batch)
@@ -67,8 +67,8 @@ def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, upd
     states = deal_states(*advantage.shape[:2], 1, 1 if updates == "joint" else advantage.shape[1], micro_batch)
 
     def update(state):
-        score = lambda params, batch: score_batch(own, params, conditioning, batch)
-        gradient = lambda params, batch: policy_gradient(own, config, params, conditioning, batch)
+        score = lambda params, batch: score_batch(own, process, params, conditioning, batch)
+        gradient = lambda params, batch: policy_gradient(own, process, config, params, conditioning, batch)
         batches = take_batches(transitions, advantage, states)
         return update_policy(score, gradient, optimizer, config, state, batches)
 

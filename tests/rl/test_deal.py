@@ -28,7 +28,7 @@ def test_every_tail_is_walked_once_from_its_sample_to_the_end(prompts, workers, 
     own = tails.sample[tails.sample >= 0]
     np.testing.assert_array_equal(np.sort(own), np.arange(prompts * PLAN.decodes))
 
-    shape = (prompts, len(PLAN.branches), len(PLAN.tail_strides), PLAN.group_size)
+    shape = (prompts, len(PLAN.branches), len(PLAN.tail_solvers), PLAN.group_size)
     each = len(tails.start) // workers
     columns = (
         np.split(tails.carried, workers, 1),
@@ -47,7 +47,7 @@ def test_every_tail_is_walked_once_from_its_sample_to_the_end(prompts, workers, 
             assert rows[worker, of_worker] == prompt
             assert state == [active, member]
             at, slot = np.nonzero(carried == tail)
-            stops = [*range(PLAN.branches[active].stop, 8, PLAN.tail_strides[stride]), 8]
+            stops = [*range(PLAN.branches[active].stop, 8, PLAN.tail_solvers[stride].stride), 8]
             times = np.array(PLAN.times, np.float32)[stops]
             np.testing.assert_array_equal(time[at, slot], times[:-1])
             np.testing.assert_array_equal(next_time[at, slot], times[1:])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.flow.entropy import exp_entropy
-from egrpo_jax.flow.process import FlowSde
+from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde
 from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
 
 
@@ -23,6 +23,8 @@ def test_the_papers_plan():
         ({"entropy_threshold": 0.0, "tail_strides": (1, 2)}, 1696, 192),  # what G2RPO needs at {1, 2}
         ({"entropy_threshold": 0.0, "tail_strides": (1, 2, 3)}, 2092, 288),  # and at {1, 2, 3}
         ({"num_steps": 8, "group_size": 8}, 8 + 8 * 21, 32),
+        ({"tail_strides": (), "tail_steps": (4,)}, 16 + 12 * 8 * 4, 96),
+        ({"tail_steps": (2,)}, 1012 + 12 * 8 * 2, 192),
     ],
 )
 def test_costs(changes, rollout, decodes):
@@ -36,6 +38,52 @@ def test_explicit_merges():
     assert plan.branches[0].exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 4)
     assert plan.branches[0].unmerged_exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 1)
     assert not any(branch.clamped for branch in plan.branches)
+
+
+def test_a_threshold_that_is_met_by_noise_alone():
+    plan = make_plan(PlanConfig(process="exact_sde", entropy_by="noise"))
+    assert [branch.merge for branch in plan.branches] == [1] * 8
+    assert [branch.exp_entropy for branch in plan.branches] == pytest.approx([2.2] * 8)
+    assert [branch.noise for branch in plan.branches] == pytest.approx([2.2 / 4.132731] * 8, rel=1e-6)
+    assert plan.rollout_passes == 16 + 1104
+
+
+def test_standard_deviations_of_ones_own():
+    changes = {"process": "exact_sde", "entropy_threshold": None, "num_steps": 8, "active_steps": (1, 3)}
+    plan = make_plan(PlanConfig(**changes, stds=(0.4, 0.2)))
+    assert [(branch.merge, branch.noise) for branch in plan.branches] == [(1, 0.4), (1, 0.2)]
+    assert [branch.noise for branch in make_plan(PlanConfig(**changes, stds=(0.3,))).branches] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dance_sde", DanceSde), ("cps", Cps), ("exact_sde", ExactSde)])
+def test_merges_by_the_entropy_of_another_process(name, kind):
+    plan = make_plan(PlanConfig(process=name, noise_level=0.6, entropy_threshold=1.2))
+    assert plan.process == kind(0.6)
+    for branch in plan.branches:
+        assert branch.exp_entropy == exp_entropy(kind(0.6), plan.times, branch.step, branch.merge)
+        assert branch.clamped or branch.exp_entropy >= 1.2
+
+
+class Twice(FlowSde):
+    """A process of a user's own."""
+
+    def noise(self, times, step, span):
+        return 2 * super().noise(times, step, span)
+
+
+def test_a_process_of_ones_own():
+    own, usual = (PlanConfig(process=name, entropy_threshold=0.0) for name in ("tests.rl.test_plan:Twice", "flow_sde"))
+    for branch, expected in zip(make_plan(own).branches, make_plan(usual).branches, strict=True):
+        assert branch.noise == 2 * expected.noise
+    with pytest.raises(UserError, match=r"config\.plan\.process"):
+        make_plan(PlanConfig(process="tests.rl.test_plan:Nothing"))
+
+
+@pytest.mark.parametrize("process", ["cps", "exact_sde"])
+def test_a_random_step_without_noise_is_refused(process):
+    config = PlanConfig(process=process, entropy_threshold=None, active_steps=(14,), merges=(2,))
+    with pytest.raises(ConfigError, match=r"^config\.plan\.active_steps: found 14, expected steps with noise"):
+        make_plan(config)
 
 
 def test_description_shows_the_merges_and_reports_clamped_steps():
@@ -64,8 +112,19 @@ def test_description_shows_the_merges_and_reports_clamped_steps():
         ({"entropy_threshold": None, "merges": (1, 1)}, "merges"),
         ({"entropy_threshold": None, "active_steps": (14,), "merges": (3,)}, "merges"),
         ({"entropy_threshold": None, "active_steps": (14,), "merges": (0,)}, r"merges\[0\]"),
+        ({"process": "euler"}, "process"),
+        ({"process": "cps", "noise_level": 1.5}, "noise_level"),
+        ({"entropy_by": "noise"}, "process"),  # of flow_sde
+        ({"entropy_threshold": None, "stds": (0.4,)}, "process"),
+        ({"process": "exact_sde", "stds": (0.4,)}, "stds"),  # beside the default threshold
+        ({"process": "exact_sde", "entropy_threshold": None, "merges": (1,) * 8, "stds": (0.4,)}, "stds"),
+        ({"process": "exact_sde", "entropy_threshold": None, "stds": (0.4, 0.3)}, "stds"),
+        ({"process": "exact_sde", "entropy_threshold": None, "stds": (0.0,)}, r"stds\[0\]"),
+        ({"process": "exact_sde", "entropy_threshold": 0.0, "entropy_by": "noise"}, "entropy_threshold"),
+        ({"process": "exact_sde", "entropy_threshold": None, "merges": (1,) * 8, "entropy_by": "noise"}, "entropy_thr"),
+        ({"tail_steps": (0,)}, r"tail_steps\[0\]"),
     ],
 )
 def test_wrong_configs_name_the_key(changes, key):
-    with pytest.raises(ConfigError, match=rf"^config\.{key}: found .*, expected "):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}.*: found .*, expected "):
         PlanConfig(**changes)

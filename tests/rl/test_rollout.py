@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from egrpo_jax.flow.solver import DpmSolver2M, Euler
 from egrpo_jax.rl.deal import deal_tails
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
@@ -23,7 +24,7 @@ def run(plan, num_prompts=3, seed=0, velocity=toy.velocity, first=0, slots=None)
     text = toy.conditioning(8)["text"][first : first + num_prompts]
     tails = deal_tails(plan, num_prompts, workers=1, slots=slots)
     rollout = jax.jit(lambda: roll_out(velocity, PARAMS, plan, tails, {"text": text}, keys, toy.SHAPE))()
-    shape = (num_prompts, len(plan.branches), len(plan.tail_strides), plan.group_size, *toy.SHAPE)
+    shape = (num_prompts, len(plan.branches), len(plan.tail_solvers), plan.group_size, *toy.SHAPE)
     return rollout._replace(latents=rollout.latents.reshape(shape))
 
 
@@ -43,6 +44,7 @@ def test_shapes():
         PlanConfig(),
         PlanConfig(num_steps=6, group_size=4, tail_strides=(1, 2)),
         PlanConfig(entropy_threshold=None, active_steps=(2, 15), merges=(4, 1), group_size=3),
+        PlanConfig(num_steps=6, group_size=4, tail_steps=(2, 3)),
     ],
 )
 def test_counted_model_calls_equal_the_plans_cost(config):
@@ -53,7 +55,7 @@ def test_counted_model_calls_equal_the_plans_cost(config):
     counting.samples = 0
     for step in range(len(plan.branches)):
         transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
-        policy_log_prob(counting, PARAMS, transitions, toy.conditioning(2))
+        policy_log_prob(counting, plan.process, PARAMS, transitions, toy.conditioning(2))
     jax.effects_barrier()
     assert counting.samples == 2 * plan.training_passes
 
@@ -120,7 +122,26 @@ def test_bit_identical_on_a_rerun():
     chex.assert_trees_all_equal(run(plan), run(plan))
 
 
+def test_tails_of_several_solvers_are_each_what_it_walks_alone():
+    plan = make_plan(PlanConfig(num_steps=8, group_size=2, active_steps=(1, 4), tail_strides=(2,), tail_steps=(4,)))
+    rollout = run(plan, num_prompts=2)
+    text = {"text": toy.conditioning(8)["text"][:2]}
+    for which, solver in enumerate((Euler(2), DpmSolver2M(4))):
+        for index, branch in enumerate(plan.branches):
+            for sample in range(2):
+                start = rollout.transitions.next_latents[:, index, sample]
+                # What the solver does with the rest of the grid is its own: see tests/flow/test_solver.py.
+                latents, history, nodes = start, solver.history(start), solver.nodes(plan.times, branch.stop)
+                for t, t_next, weight in zip(nodes[:-1], nodes[1:], solver.weights(nodes), strict=True):
+                    velocity = toy.velocity(PARAMS, latents, jnp.full(2, t), text)
+                    latents, history = solver.step(latents, velocity, *map(jnp.float32, (t, t_next, weight)), history)
+                chex.assert_trees_all_close(rollout.latents[:, index, which, sample], latents, atol=1e-5)
+    different = np.abs(rollout.latents[:, 0, 0] - rollout.latents[:, 0, 1])
+    assert different.max() > 1e-3
+
+
 @pytest.mark.parametrize("slots", [1, 5, 100])
-def test_samples_do_not_depend_on_the_number_of_slots(slots):
-    plan = make_plan(PlanConfig(num_steps=6, group_size=3, tail_strides=(1, 2)))
+@pytest.mark.parametrize("steps", [(), (2,)])
+def test_samples_do_not_depend_on_the_number_of_slots(slots, steps):
+    plan = make_plan(PlanConfig(num_steps=6, group_size=3, tail_strides=(1, 2), tail_steps=steps))
     chex.assert_trees_all_close(run(plan, slots=slots), run(plan), atol=1e-6)

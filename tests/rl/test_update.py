@@ -50,8 +50,8 @@ def update_alone(config, optimizer, state, transitions, advantage):
     """The update of one worker."""
     updates = advantage.shape[1] if config.updates == "per_active_step" else 1
     states = deal_states(*advantage.shape[:2], 1, updates, config.micro_batch)
-    score = functools.partial(score_batch, toy.velocity)
-    gradient = functools.partial(policy_gradient, toy.velocity, config)
+    score = functools.partial(score_batch, toy.velocity, PLAN.process)
+    gradient = functools.partial(policy_gradient, toy.velocity, PLAN.process, config)
     return update_policy(
         lambda params, batch: score(params, TEXT, batch),
         lambda params, batch: gradient(params, TEXT, batch),
@@ -68,7 +68,7 @@ def moved(seed=3):
 
 
 def loss_of(params, transitions, advantage, text, config):
-    scored = policy_log_prob(toy.velocity, params, transitions, text)
+    scored = policy_log_prob(toy.velocity, PLAN.process, params, transitions, text)
     return policy_loss(scored, transitions.log_prob, advantage, config)[0]
 
 
@@ -88,7 +88,7 @@ def test_one_shared_forward_equals_separate_forwards(params, step):
             toy.velocity(p, latents, time, text),
             time,
             repeat(transitions.next_time),
-            repeat(transitions.sigma),
+            repeat(transitions.noise),
         )
         scored = log_prob(kernel, transitions.next_latents.reshape(-1, *toy.SHAPE)).reshape(4, 5)
         return clipped_ratio_loss(scored, transitions.log_prob, advantage, 5e-3, 5.0)[0]
@@ -103,6 +103,37 @@ def test_ratio_is_one_before_the_first_update():
         _, stats = run(LearnerConfig(updates=updates))
         assert stats.loss.ratio_deviation[0] <= 1e-6
         np.testing.assert_allclose(stats.loss.ratio_excess[0], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"process": name, "entropy_threshold": 0.0} for name in ("dance_sde", "cps", "exact_sde")]
+    + [{"process": "exact_sde", "entropy_by": "noise"}],
+)
+def test_ratio_is_one_with_every_process_and_its_gradient_that_of_the_gaussian(changes):
+    plan = make_plan(PlanConfig(num_steps=8, group_size=5, **changes))
+    rollout = roll_out(toy.velocity, PARAMS, plan, deal_tails(plan, 4, 1), TEXT, KEYS, toy.SHAPE)
+    for step, branch in enumerate(plan.branches):
+        transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
+
+        def scored(params, transitions=transitions):
+            return policy_log_prob(toy.velocity, plan.process, params, transitions, TEXT)
+
+        chex.assert_trees_all_close(scored(PARAMS), transitions.log_prob, atol=1e-6)
+        # d log p / d v = J (x' - mean) / std^2 / (N D), with the plan's own J and std.
+        moments = plan.times[branch.step], plan.times[branch.stop], branch.noise
+        factor = -plan.process.jacobian(*moments) / plan.process.std(*moments) ** 2 / np.prod(toy.SHAPE)
+        kernel = plan.process.kernel(
+            transitions.latents,
+            toy.velocity(PARAMS, transitions.latents, transitions.time, TEXT),
+            transitions.time,
+            transitions.next_time,
+            transitions.noise,
+        )
+        pull = factor * (transitions.next_latents - kernel.mean[:, None]).sum(1)
+        expected = jax.vjp(lambda p: toy.velocity(p, transitions.latents, transitions.time, TEXT), PARAMS)[1](pull)[0]
+        found = jax.grad(lambda p: scored(p).sum())(PARAMS)
+        chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_later_active_steps_are_off_policy():
