@@ -68,10 +68,7 @@ def _try(change: Change, cost: PhaseCost) -> Trial:
 def changes(job: Job, mesh: Mesh, phase: str, topology: str | None) -> Iterator[Change]:
     """Changes that take less memory in a phase, those that cost least first."""
     here = list(mesh.devices.flat)
-    for keys in (
-        *_general(job, mesh, phase),
-        *({key: value} for key, value in lighter_options(job.config.model).items()),
-    ):
+    for keys in (*_general(job, mesh, phase), *lighter_options(job.config.model)):
         if any(_is_lighter(_value(job.config, key), value) for key, value in keys.items()):
             yield Change(_text(keys), _replaced(job.config, keys), here)
     if topology is not None:
@@ -99,7 +96,7 @@ def _general(job: Job, mesh: Mesh, phase: str) -> Iterator[dict[str, Any]]:
 
 def _is_lighter(now: Any, value: Any) -> bool:
     """Whether `value` would be a change for the less."""
-    if isinstance(now, int) and isinstance(value, int):
+    if type(now) is type(value) is int:
         return value < now
     return now is None if dataclasses.is_dataclass(value) else now != value
 
