@@ -128,7 +128,7 @@ def main() -> None:
     with jax.set_mesh(make_mesh(MeshConfig())):
         given = inputs(prompts, params)
         exact = run(velocity_in(jnp.float32), params, given, score)
-        columns = [*(f"t = {PLAN.times[step]:.2f}" for step in SHOWN), "mean level", "99 %", "rank correlation"]
+        columns = [*(f"t = {PLAN.times[step]:.2f}" for step in SHOWN), "image, mean", "99 %", "rank correlation"]
         print(f"| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
         for name, (dtype, stored) in variants.items():
             print(row(name, run(velocity_in(dtype), stored, given, score), exact), flush=True)
