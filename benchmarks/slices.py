@@ -31,7 +31,8 @@ from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
 SCALED = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
 SLICES = (*SCALED, "v4:2x2x4", "v4:2x4x4", "v5e:4x4", "v5e:8x8", "v6e:2x4", "v6e:4x4", "tpu7x:2x2x1", "tpu7x:2x2x2")
-KINDS, PHASES = ("full", "lora"), ("rollout", "update")
+KINDS = {"full": "all weights", "lora": "LoRA", "int8": "LoRA, base in int8"}
+PHASES = ("rollout", "update")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TAILS = 12
 """Slots of a device."""
@@ -43,13 +44,16 @@ FLAGS = flags.FlagValues()
 ONLY = flags.DEFINE_multi_string(
     "only", list(SLICES), "Slices to compile, of those in the list; none: no more.", flag_values=FLAGS
 )
-KIND = flags.DEFINE_multi_enum("kind", KINDS, KINDS, "All weights, or adapters.", flag_values=FLAGS)
+KIND = flags.DEFINE_multi_enum(
+    "kind", list(KINDS), list(KINDS), "All weights, adapters, or these to a base in int8.", flag_values=FLAGS
+)
 ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.", flag_values=FLAGS)
 
 
 def config(kind: str, generation: str, chips: int) -> TrainConfig:
     """The run on `chips` chips of a `generation`."""
-    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None)
+    lora = None if kind == "full" else FLOW_GRPO
+    options = FluxOptions(embeddings="made before", lora=lora, int8_base=kind == "int8")
     return TrainConfig(
         prompts_per_iteration=2 * chips,
         tails_per_device=TAILS,
@@ -116,7 +120,7 @@ def _row(topology: str, kind: str, phases: list[dict[str, Any]]) -> str:
     cells = [
         f"`{topology}`",
         f"{rollout['devices']}, {rollout['prompts']}",
-        "all weights" if kind == "full" else "LoRA",
+        KINDS[kind],
         f"{rollout['needed'] / GIB:.1f}",
         f"{update['needed'] / GIB:.1f}",
         f"{rollout['capacity'] / GIB:.1f}",
@@ -135,10 +139,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         for phase in PHASES:
             rows = [found.get(f"{topology}/{kind}/{phase}") for topology in SCALED]
             shown = [row for row in rows if row and row["flops"] is not None]
-            devices, label = (
-                [row["devices"] for row in shown],
-                f"{phase}, {'all weights' if kind == 'full' else 'LoRA'}",
-            )
+            devices, label = [row["devices"] for row in shown], f"{phase}, {KINDS[kind]}"
             flops.plot(devices, [row["flops"] / 1e15 for row in shown], marker="o", label=label)
             wire.plot(devices, [sum(row["wire"].values()) / 1e9 for row in shown], marker="o", label=label)
     for axes, title in ((flops, "PFLOP of a chip, an iteration"), (wire, "GB received by a chip, an iteration")):

@@ -8,7 +8,8 @@ Adapters of rank 64 on Flow-GRPO's layers, or with configs/flux_lora.py:dance_gr
 weights stay in bfloat16. With embeddings made beforehand T5, 9.5 GB, is not loaded for training.
 
 Memory, computed: transformer 23.8 GB, VAE decoder 0.2 GB, 179 M adapter weights with gradients and moments in float32
-2.9 GB, three scorers in float32 11.8 GB; what is left holds activations: 512x512 pixels, 12 samples in the tails.
+2.9 GB, three scorers in float32 11.8 GB; what is left holds activations: 512x512 pixels, 12 samples in the tails. With
+--config.model.flux.int8_base=True the transformer takes 12.0 GB.
 Work, computed: at T = 8 with tails on every second step a prompt is 152 forward passes and 4 forward and backward
 passes of 21.5 TFLOP, 3.5 PFLOP in all: 4 prompts at 40 % of 989 TFLOP/s take about 36 s an iteration, and 300
 iterations 3 hours. Neither has been measured.

@@ -21,7 +21,7 @@ from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.cli.model import ModelFlags
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.pipelines import EXPORTS, Export, load_pipeline, load_writer
+from egrpo_jax.pipelines import EXPORTS, Export, exact_model, load_pipeline, load_writer
 from egrpo_jax.training.state import restore_params
 
 FLAGS = flags.FlagValues()
@@ -42,10 +42,11 @@ def main() -> None:
     """Loads and writes."""
     config, workdir = MODEL.config(), MODEL.workdir
     export = Export(Path(OUT.value), DTYPE.value, copy=REST.value == "copy", of_run=workdir is not None)
-    write = load_writer(config.model, TO.value, export)
+    model = exact_model(config.model)
+    write = load_writer(model, TO.value, export)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        pipeline = load_pipeline(config.model)
+        pipeline = load_pipeline(model)
         write(pipeline.load(mesh) if workdir is None else restore_params(workdir, pipeline, config, mesh)[0])
     print(f"wrote {OUT.value}")
 

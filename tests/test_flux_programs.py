@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from ml_dtypes import bfloat16
 from PIL import Image
+from safetensors.numpy import load_file
 
 from egrpo_jax.run.metrics import read_metrics
 from tests import programs, tiny_flux
@@ -119,6 +121,27 @@ def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, base_ima
     run("convert", lora, stored, f"--workdir={workdir}", "--to=diffusers", f"--out={merged}", "--dtype=float32")
     again = sampled(base, tmp_path / "merged_images", None, f"--config.model.flux.transformer={merged}")
     assert apart(again, expected) <= 1
+
+
+@pytest.mark.slow
+def test_adapters_to_a_base_in_int8_are_merged_into_the_published_one(base, tmp_path):
+    workdir = trained(base, tmp_path / "run", f"{base},int8,bfloat16", "--config.optim.learning_rate=0.01")
+    for form in ("peft", "diffusers"):
+        out = (f"--workdir={workdir}", f"--to={form}", f"--out={tmp_path / form}", "--dtype=float32")
+        assert programs.run("convert", *out).returncode == 0
+    adapters, published, merged = (
+        load_file(next(folder.glob("*.safetensors")))
+        for folder in (tmp_path / "peft", base / "transformer", tmp_path / "diffusers")
+    )
+    changed = 0
+    for name, weights in published.items():
+        exact = weights.astype(bfloat16).astype(np.float32)  # as a run in bfloat16 holds them without int8
+        module = f"transformer.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in adapters:
+            exact = exact + adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
+            changed += 1
+        np.testing.assert_allclose(merged[name], exact, rtol=2**-8, atol=1e-6, err_msg=name)
+    assert changed == len(adapters) / 2 > 0
 
 
 def test_an_orbax_checkpoint_that_cannot_be_written_is_one_line(base, tmp_path, monkeypatch):

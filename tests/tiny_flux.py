@@ -70,10 +70,11 @@ INDEX = {
 def get_config(folder):
     """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters.
 
-    `...:FOLDER,bfloat16` computes in that, and its updates, one for each active step, move no parameter.
+    `...,int8` trains these to a base in int8. `...,bfloat16` computes in that, and its updates, one for each active
+    step, move no parameter.
     """
-    path, _, variant = folder.partition(",")
-    still = variant == "bfloat16"
+    path, *variants = folder.split(",")
+    still, int8 = "bfloat16" in variants, "int8" in variants
     return train_config(
         TrainConfig(
             name="tiny_flux",
@@ -86,7 +87,8 @@ def get_config(folder):
                     height=SIZE,
                     width=SIZE,
                     text_tokens=TEXT_TOKENS,
-                    lora=FluxLora(rank=2, alpha=4.0) if variant == "lora" else None,
+                    lora=FluxLora(rank=2, alpha=4.0) if int8 or "lora" in variants else None,
+                    int8_base=int8,
                     dtype="bfloat16" if still else "float32",
                     decode_batch=3,
                 ),

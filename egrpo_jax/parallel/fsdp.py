@@ -7,26 +7,26 @@ import functools
 from typing import Any
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from egrpo_jax.common.boxes import Box
 from egrpo_jax.parallel.mesh import FSDP, SAMPLES
 
 
 @struct.dataclass
-class Split(nn.meta.AxisMetadata[chex.Array]):
-    """A parameter of which each device along `fsdp` holds a part; Flax calls `unbox` when a layer reads it.
+class Split(Box):
+    """A parameter of which each device along `fsdp` holds a part.
 
     So a stack of blocks that is scanned gathers the weights of one layer at a time, and again in a backward pass that
     computes the block anew.
 
     Attributes:
       value: this device's part.
-      axis: that is split, counted from the end (-1, -2), so that it is the same with and without a layer axis.
+      axis: that is split: -1, -2.
       dtype: what the whole is gathered in.
     """
 
@@ -37,20 +37,6 @@ class Split(nn.meta.AxisMetadata[chex.Array]):
     def unbox(self) -> chex.Array:
         """The whole parameter."""
         return _gather(self.value, self.axis, self.dtype)
-
-    def replace_boxed(self, val: Any) -> Any:
-        """A box of `val`, split likewise."""
-        return self.replace(value=val)  # type: ignore[attr-defined]
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Split:
-        """This box: a leading axis changes nothing that is counted from the end."""
-        del index, params
-        return self
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Split:
-        """This box, as `add_axis`."""
-        del index, params
-        return self
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -78,7 +64,7 @@ class Layout:
 
     Attributes:
       specs: like the tree; where each leaf is split over `fsdp`.
-      dtype: what split leaves are gathered in; None: as they are stored.
+      dtype: what split leaves are gathered in; None: as they are stored, as integers always are.
     """
 
     specs: Any
@@ -91,11 +77,12 @@ class Layout:
 
     def working_copy(self, params: Any) -> Any:
         """`params` with split leaves in the dtype that they are gathered in: cast once, where many passes follow."""
-        return jax.tree.map(lambda leaf, spec: leaf if _axis(spec) is None else self._cast(leaf), params, self.specs)
+        cast = lambda leaf, axis: leaf if axis is None else leaf.astype(self._gathered(leaf))
+        return jax.tree.map(lambda leaf, spec: cast(leaf, _axis(spec)), params, self.specs)
 
     def boxed(self, params: Any) -> Any:
         """This device's parts `params`, each in a box that gathers the whole when it is read."""
-        box = lambda leaf, axis: leaf if axis is None else Split(leaf, axis, self.dtype or leaf.dtype)
+        box = lambda leaf, axis: leaf if axis is None else Split(leaf, axis, self._gathered(leaf))
         return jax.tree.map(lambda leaf, spec: box(leaf, _axis(spec)), params, self.specs)
 
     def sum_gradients(self, grads: Any) -> Any:
@@ -110,8 +97,9 @@ class Layout:
 
         return jax.tree.map(summed, grads, self.specs)
 
-    def _cast(self, leaf: chex.Array) -> chex.Array:
-        return leaf if self.dtype is None else leaf.astype(self.dtype)
+    def _gathered(self, leaf: chex.Array) -> Any:
+        """The dtype that a split leaf is gathered in."""
+        return self.dtype if self.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
 
 
 def _split_over_fsdp(leaf: Any) -> PartitionSpec:

@@ -4,6 +4,7 @@ from egrpo_jax.pipelines.base import Export, Pipeline
 from egrpo_jax.pipelines.registry import (
     EXPORTS,
     ModelConfig,
+    exact_model,
     lighter_options,
     load_encoder,
     load_pipeline,
@@ -16,6 +17,7 @@ __all__ = [
     "Export",
     "ModelConfig",
     "Pipeline",
+    "exact_model",
     "lighter_options",
     "load_encoder",
     "load_pipeline",

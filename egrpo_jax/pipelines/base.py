@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,7 +175,8 @@ class Family:
       encoder: text encoders by themselves, where embeddings can be stored.
       exporters: by the form in which weights are given back; each checks what it can of an `Export` before it returns
         what writes it.
-      lighter: options with which a run takes less memory, by their names in the family's section.
+      exact: options with which the base is read as it was published, to be given back, by their names in the section.
+      lighter: from options others, by their names, with which a run takes less memory: one set after another.
     """
 
     name: str
@@ -184,4 +185,5 @@ class Family:
     path: str | None = None
     encoder: Callable[[Any, Any], PromptEncoder] | None = None
     exporters: Mapping[str, Callable[[Any, Any, Export], Writer]] = dataclasses.field(default_factory=dict)
-    lighter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lighter: Callable[[Any], Iterable[Mapping[str, Any]]] = lambda _: ()

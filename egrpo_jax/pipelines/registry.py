@@ -65,10 +65,20 @@ def sketch_pipeline(config: ModelConfig) -> Pipeline:
     return pipeline
 
 
-def lighter_options(config: ModelConfig) -> dict[str, Any]:
-    """Options of the model that `config` names with which a run takes less memory, by their keys in the config."""
+def lighter_options(config: ModelConfig) -> list[dict[str, Any]]:
+    """Sets of options of the model that `config` names, by their keys, with each of which a run takes less memory."""
     family = FAMILIES.get(config.name)
-    return {f"model.{config.name}.{name}": value for name, value in family.lighter.items()} if family else {}
+    sets = family.lighter(getattr(config, family.name, None)) if family else ()
+    return [{f"model.{config.name}.{name}": value for name, value in options.items()} for options in sets]
+
+
+def exact_model(config: ModelConfig) -> ModelConfig:
+    """`config` with its base as it was published: what weights that are given back are made from."""
+    family = FAMILIES.get(config.name)
+    if family is None or not family.exact:
+        return config
+    options = dataclasses.replace(getattr(config, family.name), **family.exact)
+    return dataclasses.replace(config, **{family.name: options})
 
 
 def _own(config: ModelConfig) -> Pipeline:

@@ -68,10 +68,7 @@ def _try(change: Change, cost: PhaseCost) -> Trial:
 def changes(job: Job, mesh: Mesh, phase: str, topology: str | None) -> Iterator[Change]:
     """Changes that take less memory in a phase, those that cost least first."""
     here = list(mesh.devices.flat)
-    for keys in (
-        *_general(job, mesh, phase),
-        *({key: value} for key, value in lighter_options(job.config.model).items()),
-    ):
+    for keys in (*_general(job, mesh, phase), *lighter_options(job.config.model)):
         if any(_is_lighter(_value(job.config, key), value) for key, value in keys.items()):
             yield Change(_text(keys), _replaced(job.config, keys), here)
     if topology is not None:

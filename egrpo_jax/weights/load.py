@@ -1,7 +1,8 @@
 """Published tensors straight into arrays on the devices, one after another.
 
 The host holds one tensor at a time, and of it only what the devices of this process need: the stacks of layers lie on
-the devices from the start, and each layer is written into its place.
+the devices from the start, and each layer is written into its place. What is stored as int8 is read whole, for its
+scales, and rounded before it leaves the host.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.int8 import Int8, quantise
 from egrpo_jax.weights.files import TensorFiles, shorten
 from egrpo_jax.weights.layout import Layout, Leaf, Params, leaf_rows, published_shapes, split_tensor
 
@@ -36,24 +38,25 @@ def load_params(files: TensorFiles, layout: Layout, abstract: Mapping[str, Any],
       files: the published tensors; floating-point ones of any width are converted.
       layout: which tensors hold our leaves, and how.
       abstract: tree of `jax.ShapeDtypeStruct`: shape and type wanted, and where: `sharding` a `NamedSharding`, or None
-        for the default device.
+        for the default device; two of them in an `Int8`.
       ignore: patterns of whole names that may be in the file and hold no parameter.
 
     Raises:
-      UserError: tensors are missing, unexpected, of another shape or not floating-point; names them all in one line.
+      UserError: tensors are missing, unexpected, of another shape or not floating-point; names them all in one line. Or
+        one to be stored as int8 is not finite.
     """
     _check_published(files, published_shapes(layout, abstract), ignore)
     wanted = flatten_dict(abstract, sep="/")
     _check_covered(layout, wanted)
-    flat: dict[str, jax.Array] = {}
+    flat: dict[str, Any] = {}
     for leaf, view in _leaves(files, layout, abstract):
         struct = wanted[leaf.path]
+        stored = _quantised(files, leaf, view) if isinstance(struct, Int8) else view
         if leaf.layer is None:
-            flat[leaf.path] = _put(view, struct.dtype, struct.sharding)
+            flat[leaf.path] = jax.tree.map(lambda array, like: _put(array, like.dtype, like.sharding), stored, struct)
         else:
-            layer = _put(view, struct.dtype, _layer_sharding(struct.sharding))
-            stack = flat.pop(leaf.path) if leaf.path in flat else _empty_stack(struct)
-            flat[leaf.path] = _insert(stack, layer, leaf.layer, struct.sharding)
+            stack = flat.pop(leaf.path) if leaf.path in flat else jax.tree.map(_empty_stack, struct)
+            flat[leaf.path] = jax.tree.map(functools.partial(_put_layer, leaf.layer), stack, stored, struct)
         # Else transfers would queue up, each with its tensor in host memory.
         jax.block_until_ready(flat[leaf.path])
     return unflatten_dict(flat, sep="/")
@@ -69,6 +72,20 @@ def _leaves(files: TensorFiles, layout: Layout, abstract: Mapping[str, Any]) -> 
         for e in layout:
             yield from split_tensor(e, files[e.name], leaf_rows(e, abstract))
             bar.update(sizes[e.name])
+
+
+def _quantised(files: TensorFiles, leaf: Leaf, view: np.ndarray) -> Int8:
+    try:
+        return quantise(view)
+    except ValueError:
+        raise UserError(
+            f"{files.path}: a weight of {leaf.path} is not finite, which int8 cannot store; the file may be damaged"
+        ) from None
+
+
+def _put_layer(index: int, stack: jax.Array, view: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
+    """`stack` with `view` as its layer `index`, in the same memory."""
+    return _insert(stack, _put(view, struct.dtype, _layer_sharding(struct.sharding)), index, struct.sharding)
 
 
 def _put(view: np.ndarray, dtype: Any, sharding: NamedSharding | None) -> jax.Array:

@@ -72,7 +72,14 @@ def test_whether_there_are_adapters_is_told_as_one_key(tmp_path):
 
 def test_how_weights_are_used_is_free(tmp_path, capsys):
     changed = with_flux(
-        height=64, width=64, guidance=1.0, embeddings=None, decode_batch=8, remat="none", dtype="float32"
+        height=64,
+        width=64,
+        guidance=1.0,
+        embeddings=None,
+        decode_batch=8,
+        remat="none",
+        dtype="float32",
+        int8_base=True,
     )
     compare_weights(tmp_path, RECORDED, dataclasses.replace(changed, name="other", seed=1))
     assert capsys.readouterr().err == ""

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from egrpo_jax.models.int8 import quantise
 from egrpo_jax.models.layers import Linear, scan_blocks
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh, over_samples, spread
 from egrpo_jax.parallel.rules import with_shardings
 
-RULES = ((r"/kernel$", PartitionSpec("fsdp", None)),)
+RULES = ((r"/kernel(/values)?$", PartitionSpec("fsdp", None)),)
 WIDTH, BLOCKS = 8, 3
 
 
@@ -31,6 +32,12 @@ class Stack(nn.Module):
 
 def loss(params, x):
     return jnp.square(Stack().apply({"params": params}, x)).sum()
+
+
+def gathered(compiled, dtype):
+    """Sizes of all that is gathered in a `dtype`, as XLA calls it."""
+    found = re.findall(rf"{dtype}\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    return [np.prod([int(n) for n in dims.split(",")]) for dims in found]
 
 
 def main():
@@ -58,13 +65,32 @@ def main():
         np.testing.assert_allclose(grad, other, atol=1e-5, err_msg=str(path))
     assert grads["blocks"]["linear"]["kernel"].sharding.shard_shape((BLOCKS, WIDTH, WIDTH)) == (BLOCKS, 2, WIDTH)
 
-    text = compiled.as_text()
-    gathered = [
-        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-gather", text)
-    ]
-    assert gathered, "nothing is gathered"
-    assert max(gathered) == WIDTH * WIDTH, f"more than one layer at a time: {gathered}"
-    assert re.search(r"f32\[[\d,]+\]\S* reduce-scatter", text), "gradients are not scattered"
+    assert max(gathered(compiled, "f32")) == WIDTH * WIDTH, "more than one layer at a time"
+    assert re.search(r"f32\[[\d,]+\]\S* reduce-scatter", compiled.as_text()), "gradients are not scattered"
+    in_int8(mesh, params, x)
+
+
+def in_int8(mesh, params, x):
+    """Kernels of blocks in int8, gradients of the rest: int8 is gathered, whatever layers compute in."""
+    kernel = quantise(np.asarray(params["blocks"]["linear"]["kernel"]))
+    blocks = params["blocks"] | {"linear": params["blocks"]["linear"] | {"kernel": kernel}}
+    expected = jax.grad(lambda first: loss({"first": first, "blocks": nn.meta.unbox(blocks)}, x))(params["first"])
+    abstract = with_shardings(mesh, RULES, {"first": params["first"], "blocks": blocks})
+    layout = Layout.of(abstract, jnp.float32)
+
+    def share(params, x):
+        value = lambda first: loss(layout.boxed(params | {"first": first}), x)
+        return Layout(layout.specs["first"]).sum_gradients(jax.grad(value)(params["first"]))
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(spread(share, (layout.specs, over_samples()), layout.specs["first"]))
+        params = layout.working_copy(params | {"blocks": blocks})
+        split = jax.tree.map(lambda leaf, struct: jax.device_put(leaf, struct.sharding), params, abstract)
+        compiled = run.lower(split, x).compile()
+        grads = compiled(split, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected)
+    assert max(gathered(compiled, "s8")) == WIDTH * WIDTH, "more than one layer at a time"
+    assert len(gathered(compiled, "f32")) == 1, "more than the first layer is gathered in float32"
 
 
 if __name__ == "__main__":

@@ -52,19 +52,19 @@ def assert_same(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.mesh
-@pytest.mark.parametrize("lora", ["", ",lora"])
-def test_flux_with_sharded_parameters(tmp_path, lora):
+@pytest.mark.parametrize("variant", ["", ",lora", ",int8"])
+def test_flux_with_sharded_parameters(tmp_path, variant):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
-    config = f"tests/tiny_flux.py:{folder}{lora}"
+    config = f"tests/tiny_flux.py:{folder}{variant}"
     assert_same(run(config, tmp_path / "eight.npz", 2, 2, 2), run(config, tmp_path / "one.npz", 1, 1, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.mesh
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
-def test_ratio_is_one_in_bfloat16_until_the_parameters_move(tmp_path, axes):
+@pytest.mark.parametrize(("axes", "base"), [((8, 1, 1), ""), ((2, 2, 2), ""), ((2, 2, 2), ",int8")])
+def test_ratio_is_one_in_bfloat16_until_the_parameters_move(tmp_path, axes, base):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
-    found = run(f"tests/tiny_flux.py:{folder},bfloat16", tmp_path / "eight.npz", *axes)
+    found = run(f"tests/tiny_flux.py:{folder},bfloat16{base}", tmp_path / "eight.npz", *axes)
     assert found["ratio"] <= 1e-6
 
 

@@ -16,6 +16,9 @@ MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
     [
         ("flow/double_blocks/image_qkv/to_q/kernel", (19, 3072, 3072), (None, "fsdp", "tensor")),
         ("flow/double_blocks/image_out/kernel", (19, 3072, 3072), (None, "tensor", "fsdp")),
+        ("flow/double_blocks/image_out/kernel/values", (19, 3072, 3072), (None, "tensor", "fsdp")),
+        ("flow/double_blocks/image_out/kernel/scale", (19, 1, 3072), (None, None, None)),
+        ("flow/single_blocks/qkv/to_q/kernel/values", (38, 3072, 3072), (None, "fsdp", "tensor")),
         ("flow/double_blocks/text_ff/linear_2/kernel", (19, 12288, 3072), (None, "tensor", "fsdp")),
         ("flow/single_blocks/out/kernel", (38, 15360, 3072), (None, "tensor", "fsdp")),
         ("flow/time_in/linear_1/kernel", (256, 3072), ("fsdp", "tensor")),

@@ -314,7 +314,7 @@ def test_the_adapters_of_a_config(adapters, expected):
 def test_what_images_depend_on_is_recorded(tmp_path, guidance):
     folder = tiny_flux.write_pipeline(tmp_path, guidance=guidance)
     about = load(folder, guidance=4.5, transformer=str(folder / "transformer")).about
-    expected = {"transformer": str(folder / "transformer"), "lora_weights": None}
+    expected = {"transformer": str(folder / "transformer"), "int8_base": None, "lora_weights": None}
     assert about == expected | ({"guidance": 4.5} if guidance else {})
 
 

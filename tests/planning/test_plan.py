@@ -12,7 +12,7 @@ from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline, sketch_pipeline
-from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxOptions
 from egrpo_jax.planning import changes
 from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, slice_devices
@@ -90,6 +90,21 @@ def test_a_phase_that_does_not_fit_is_tried_with_changes(mesh, monkeypatch):
     for trial in changes.try_changes(job, mesh, phase_cost(job, mesh, "rollout"), None):
         assert not trial.fits
         assert not trial.is_compiled  # what it holds is too much by itself
+
+
+@pytest.mark.parametrize(
+    ("options", "proposed"),
+    [
+        (FluxOptions(lora=DANCE_GRPO), ["--config.model.flux.int8_base=True"]),
+        (FluxOptions(lora=DANCE_GRPO, int8_base=True), []),
+        (FluxOptions(), ["--config.model.flux.lora=FluxLora() --config.model.flux.int8_base=True"]),
+    ],
+)
+def test_a_base_in_int8_is_tried_for_adapters(mesh, options, proposed):
+    job = sketch_job(TrainConfig(model=dataclasses.replace(FLUX, flux=options)))
+    found = {change.text: change.config.model.flux for change in changes.changes(job, mesh, "decode", None)}
+    assert [text for text in found if "int8" in text] == proposed
+    assert all(found[text].int8_base and found[text].lora == (options.lora or FLOW_GRPO) for text in proposed)
 
 
 def test_one_more_pass_before_several_updates(mesh):

@@ -2,7 +2,7 @@
 
 from egrpo_jax.pipelines.base import Family
 from egrpo_jax.pipelines.flux.export import EXPORTERS
-from egrpo_jax.pipelines.flux.options import DANCE_GRPO, FLOW_GRPO, FluxLora, FluxOptions
+from egrpo_jax.pipelines.flux.options import DANCE_GRPO, FLOW_GRPO, FluxLora, FluxOptions, lighter
 from egrpo_jax.pipelines.flux.spec import flux_pipeline, flux_sketch
 from egrpo_jax.pipelines.flux.text import flux_encoder
 
@@ -13,7 +13,8 @@ FLUX = Family(
     path="the folder of a FLUX.1 pipeline, or its name on the Hub, org/name",
     encoder=flux_encoder,
     exporters=EXPORTERS,
-    lighter={"decode_batch": 1, "lora": FLOW_GRPO},
+    exact={"int8_base": False},
+    lighter=lighter,
 )
 
 __all__ = ["DANCE_GRPO", "FLOW_GRPO", "FLUX", "FluxLora", "FluxOptions"]

@@ -91,7 +91,7 @@ EXPORTERS: Mapping[str, Callable[[str, FluxOptions, Export], Writer]] = MappingP
 
 
 def _sizes(base: Path, options: FluxOptions) -> FluxConfig:
-    return read_transformer_config(base / "transformer", options.transformer)
+    return read_transformer_config(base / "transformer", options)
 
 
 def _merged(options: FluxOptions, params: Any) -> Any:

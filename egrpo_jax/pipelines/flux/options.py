@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range, check
@@ -55,6 +56,8 @@ class FluxOptions:
       offload_encoders: let the text encoders rest in the hosts' memory, and bring them to the devices for a call.
       lora: adapters to train; None trains all weights of the transformer.
       lora_weights: start from the adapters in this file, with its layers and ranks, instead of fresh ones.
+      int8_base: store the kernels of the transformer's blocks, to which adapters are trained, as int8 with a scale for
+        each output channel; layers read them in `dtype`.
       dtype: what the models compute in.
       param_dtype: what the trained weights are stored in; weights that are not trained are stored in `dtype`.
       decode_dtype: what the VAE decoder computes and is stored in.
@@ -75,6 +78,7 @@ class FluxOptions:
     offload_encoders: bool = False
     lora: FluxLora | None = None
     lora_weights: str | None = None
+    int8_base: bool = False
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     decode_dtype: Dtype = "float32"
@@ -88,3 +92,13 @@ class FluxOptions:
         check(self)
         if self.lora_weights is not None and self.lora is None:
             raise ConfigError("lora_weights", self.lora_weights, "lora to be set too, with rank and alpha")
+        if self.int8_base and self.lora is None:
+            raise ConfigError("int8_base", True, "lora to be set too: int8 is for weights that are not trained")
+
+
+def lighter(options: FluxOptions) -> Iterator[dict[str, Any]]:
+    """Options that take less memory than `options`, those that cost least first."""
+    adapters = {} if options.lora else {"lora": FLOW_GRPO}
+    yield {"decode_batch": 1}
+    yield adapters
+    yield adapters | {"int8_base": True}

@@ -45,7 +45,7 @@ def flux_pipeline(path: str, options: FluxOptions) -> Pipeline:
       ConfigError: an option does not fit the folder.
     """
     folder = pipeline_folder(path, text=options.embeddings is None)
-    config = read_transformer_config(folder / "transformer", options.transformer)
+    config = read_transformer_config(folder / "transformer", options)
     check_parts(folder, config, options.text_tokens if options.embeddings is None else None)
     vae_config = read_decoder_config(folder / "vae")
     store = None if options.embeddings is None else _open_store(options, config)
@@ -70,7 +70,7 @@ def flux_sketch(path: str, options: FluxOptions) -> Pipeline:
     options = dataclasses.replace(options, lora_weights=None)  # adapters of the ranks in the config
     if not folder.is_dir():
         return _describe(options, FluxConfig(guidance_embed="schnell" not in path.lower()), VaeConfig())
-    transformer = read_transformer_config(folder / "transformer", options.transformer)
+    transformer = read_transformer_config(folder / "transformer", options)
     return _describe(options, transformer, read_decoder_config(folder / "vae"))
 
 
@@ -115,7 +115,8 @@ def _no_files(_: Any) -> Any:
 
 def _about(options: FluxOptions, config: FluxConfig) -> dict[str, Any]:
     guidance = {"guidance": options.guidance} if config.guidance_embed else {}
-    return {"transformer": options.transformer, "lora_weights": options.lora_weights} | guidance
+    base = {"transformer": options.transformer, "int8_base": options.int8_base or None}
+    return base | {"lora_weights": options.lora_weights} | guidance
 
 
 def token_grid(options: FluxOptions, vae: VaeConfig) -> tuple[int, int]:
