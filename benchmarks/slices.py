@@ -26,12 +26,19 @@ from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.planning.cost import phase_cost
 from egrpo_jax.planning.devices import GIB, slice_devices
 from egrpo_jax.planning.phases import sketch_job
+from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
 SCALED = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
 SLICES = (*SCALED, "v4:2x2x4", "v4:2x4x4", "v5e:4x4", "v5e:8x8", "v6e:2x4", "v6e:4x4", "tpu7x:2x2x1", "tpu7x:2x2x2")
-KINDS = {"full": "all weights", "lora": "LoRA", "int8": "LoRA, base in int8"}
+KINDS = {
+    "full": "all weights",
+    "offload": "all weights, moments and scorers on the hosts",
+    "lora": "LoRA",
+    "int8": "LoRA, base in int8",
+}
 PHASES = ("rollout", "update")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TAILS = 12
@@ -45,20 +52,26 @@ ONLY = flags.DEFINE_multi_string(
     "only", list(SLICES), "Slices to compile, of those in the list; none: no more.", flag_values=FLAGS
 )
 KIND = flags.DEFINE_multi_enum(
-    "kind", list(KINDS), list(KINDS), "All weights, adapters, or these to a base in int8.", flag_values=FLAGS
+    "kind",
+    list(KINDS),
+    list(KINDS),
+    "All weights, their moments on the hosts, adapters, or these to a base in int8.",
+    flag_values=FLAGS,
 )
 ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and print it as JSON.", flag_values=FLAGS)
 
 
 def config(kind: str, generation: str, chips: int) -> TrainConfig:
     """The run on `chips` chips of a `generation`."""
-    lora = None if kind == "full" else FLOW_GRPO
+    lora, offload = FLOW_GRPO if kind in ("lora", "int8") else None, kind == "offload"
     options = FluxOptions(embeddings="made before", lora=lora, int8_base=kind == "int8")
     return TrainConfig(
         prompts_per_iteration=2 * chips,
         tails_per_device=TAILS,
         model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
         rewards=RewardsConfig(train=("hpsv2.1",)),
+        scorers=ScorersConfig(offload=offload),
+        optim=OptimConfig(offload=offload),
         learner=LearnerConfig(micro_batch=1),
         mesh=MeshConfig(data=-1, fsdp=FSDP[generation]),
     )
