@@ -16,6 +16,7 @@ from egrpo_jax.planning.cost import kept_beside, phase_cost
 from egrpo_jax.planning.devices import GIB, capacity, slice_devices
 from egrpo_jax.planning.phases import named_arguments, refused_bytes, sketch_job
 from egrpo_jax.planning.report import overview
+from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
@@ -27,7 +28,7 @@ CHIPS = 4
 
 
 @functools.cache
-def job_and_cost(phase, kind):
+def job_and_cost(phase, kind, offload=False):
     # Fused attention repeats a part of itself in its backward pass; XLA's compares with arithmetic.
     options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, attention="xla")
     config = TrainConfig(
@@ -36,6 +37,7 @@ def job_and_cost(phase, kind):
         model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
         rewards=RewardsConfig(train=("hpsv2.1",)),
         learner=LearnerConfig(micro_batch=1),
+        optim=OptimConfig(offload=offload),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
     mesh = make_mesh(config.mesh, slice_devices("v5p:2x2x1"))
@@ -68,6 +70,14 @@ def test_the_optimizers_state_lies_over_all_chips(kind):
     moments = 2 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     assert cost.compiled.arguments["moments"] <= 1.01 * moments / CHIPS
     assert cost.compiled.memory.arguments <= 1.01 * sum(cost.compiled.arguments.values())
+
+
+def test_moments_that_rest_on_the_hosts_take_no_memory_in_an_update():
+    """They pass through a layer at a time: what an update needs meanwhile grows by less than a hundredth of them."""
+    usual, resting = job_and_cost("update", "full")[1], job_and_cost("update", "full", offload=True)[1]
+    moments = usual.compiled.arguments["moments"]
+    assert usual.compiled.memory.arguments - resting.compiled.memory.arguments >= 0.99 * moments
+    assert resting.compiled.memory.temporaries - usual.compiled.memory.temporaries <= 0.01 * moments
 
 
 def test_the_compilers_refusal_is_understood():
