@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,6 +81,23 @@ def test_a_job_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert len(files) == 202
     assert files == {path.name: path.read_bytes() for path in parts.iterdir()}
     assert json.loads(files["samples.json"])["model"]["name"] == "tests.toy:pipeline"
+
+
+def test_images_are_written_as_they_come_and_kept_no_longer(tmp_path, monkeypatch):
+    add, written, kept = samples.Folder.add, [], []
+
+    def watched(self, first, images):
+        written.append(len(list((tmp_path / "out").glob("0*.png"))))
+        kept.append(sum(len(array) for array in jax.live_arrays() if array.shape[1:] == images.shape[1:]))
+        add(self, first, images)
+
+    monkeypatch.setattr(samples.Folder, "add", watched)
+    done = programs.call(
+        "sample", TOY, "--prompt_file=emoji_heldout", "--batch=50", "--steps=2", f"--out={tmp_path}/out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert written == [0, 50, 100, 150]
+    assert 0 < max(kept) <= 100  # this batch and the next one, which is under way
 
 
 @pytest.mark.slow

@@ -91,6 +91,7 @@ def test_what_a_run_leaves(finished):
     }
     assert all(expected <= line.keys() for line in lines[1:])
     assert all(line["ratio/on_policy_deviation"] <= 1e-6 for line in lines[1:])
+    assert all(0 <= line["ratio/rollout_deviation"] <= 1e-6 for line in lines[1:])
     assert lines[1]["compilations"] > 3
     assert all(line["compilations"] == 0 for line in lines[2:])
     evaluated = [line["iteration"] for line in lines if "eval/tests.toy:brightness/mean" in line]

@@ -12,7 +12,7 @@ from egrpo_jax.parallel.mesh import make_mesh
 from egrpo_jax.run.metrics import MetricsWriter
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import make_job
-from egrpo_jax.training.report import Evaluator, report
+from egrpo_jax.training.report import Evaluator, report, warn_of_rounding
 from egrpo_jax.training.state import Progress
 from tests import toy
 
@@ -34,6 +34,13 @@ def job(mesh, tmp_path):
     config.evaluation.prompts, config.evaluation.batch = str(tmp_path / "prompts.txt"), 1000
     with jax.set_mesh(mesh):
         yield make_job(from_config_dict(TrainConfig, config), mesh)
+
+
+@pytest.mark.parametrize(("found", "warned"), [(2e-4, True), (1e-4, False), (1e-7, False)])
+def test_rollouts_that_round_by_more_than_the_clip_range_are_warned_of(capsys, found, warned):
+    warn_of_rounding(TrainConfig(), {"ratio/rollout_deviation": found})
+    line = capsys.readouterr().err
+    assert ("rollout and update round differently: |r - 1| up to 2.0e-04" in line) == warned == bool(line)
 
 
 def progress(iteration):

@@ -51,7 +51,7 @@ def adapter(module=TO_Q, inputs=16, outputs=16, rank=2, seed=0):
 
 def write(path, tensors, **metadata):
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={key: json.dumps(value) for key, value in metadata.items()})
     return path
 
