@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -314,9 +313,12 @@ def update_policy(
         with jax.named_scope("old_log_probabilities"):
             old = jax.lax.map(lambda batch: score(state.params, batch), batches)
         batches = batches._replace(old=old)
-    update = functools.partial(_optimizer_step, optimizer, gradient)
-    new, stats = jax.lax.scan(lambda state, _: jax.lax.scan(update, state, batches), state, length=config.epochs)
-    stats = jax.tree.map(lambda x: x.reshape(-1), stats)
+
+    def update(state: TrainState, index: chex.Array) -> tuple[TrainState, UpdateStats]:
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
+        return _optimizer_step(optimizer, gradient, state, batch)
+
+    new, stats = jax.lax.scan(update, state, jnp.tile(jnp.arange(len(batches.weight)), config.epochs))
     if config.ema_decay is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1 - config.ema_decay))
     return new, stats
