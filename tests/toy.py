@@ -122,9 +122,8 @@ def slow_brightness(images, prompts):
 
 def get_config(variant=""):
     """A config file for the programs: `tests/toy.py`, or with a variant after a colon."""
-    reward = {"": "redness", "slow": "slow_brightness", "breaks": "breaks_after_five", "unreliable": "unreliable"}[
-        variant
-    ]
+    rewards = {"slow": "slow_brightness", "breaks": "breaks_after_five", "unreliable": "unreliable"}
+    reward = rewards.get(variant, "redness")
     config = train_config(
         TrainConfig(
             name="toy",
@@ -139,4 +138,6 @@ def get_config(variant=""):
         )
     )
     config.model.name = "tests.toy:pipeline"
+    if variant == "reuse":
+        config.learner.epochs, config.learner.step_weights, config.learner.objective = 2, "flat", "kl_mask"
     return config

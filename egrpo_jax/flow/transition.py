@@ -36,6 +36,15 @@ def draw(kernel: Kernel, noise: chex.Array) -> chex.Array:
     return kernel.mean + kernel.std * noise
 
 
+def kl_divergence(kernel: Kernel, other: Kernel, num_axes: int = 2) -> chex.Array:
+    """KL(kernel | other) of two Gaussians of one std, (mean - other mean)^2 / (2 std^2).
+
+    Averaged over the last `num_axes` axes, as `log_prob` is.
+    """
+    standardised = (kernel.mean - other.mean) / kernel.std
+    return 0.5 * jnp.square(standardised).mean(axis=tuple(range(-num_axes, 0)))
+
+
 def log_prob(kernel: Kernel, sample: chex.Array, num_axes: int = 2) -> chex.Array:
     """Gaussian log-density of `sample`, averaged over its last `num_axes` axes (the latent dimensions).
 

@@ -55,14 +55,13 @@ class Passes(NamedTuple):
 
 def count_passes(job: Job) -> Passes:
     """The passes of an iteration of `job`."""
-    plan, prompts = job.plan, job.config.prompts_per_iteration
-    training = prompts * plan.training_passes
-    is_scored = job.config.learner.num_updates(len(plan.branches)) > 1
+    plan, prompts, learner = job.plan, job.config.prompts_per_iteration, job.config.learner
+    states = prompts * plan.training_passes
     return Passes(
         anchor=prompts * plan.num_steps,
         tails=prompts * (plan.rollout_passes - plan.num_steps),
-        training=training,
-        scoring=training * is_scored,
+        training=states * learner.epochs,
+        scoring=states * learner.is_scored(len(plan.branches)),
         images=prompts * plan.decodes,
         forward_flops=job.pipeline.forward_flops,
         training_flops=job.pipeline.training_flops,

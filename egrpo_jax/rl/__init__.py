@@ -1,11 +1,11 @@
 """E-GRPO: the plan of an iteration, its rollout, advantages, the loss and the update."""
 
 from egrpo_jax.rl.advantage import credit, group_advantage
-from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss
+from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss, kl_masked_loss
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
 from egrpo_jax.rl.plan import Branch, Plan, PlanConfig, describe, make_plan
 from egrpo_jax.rl.rollout import Rollout, Transitions, prompt_keys, roll_out
-from egrpo_jax.rl.update import LearnerConfig, TrainState, UpdateStats, init_state, policy_log_prob, update_policy
+from egrpo_jax.rl.update import LearnerConfig, TrainState, UpdateStats, init_state, score_samples, update_policy
 
 __all__ = [
     "Branch",
@@ -23,10 +23,11 @@ __all__ = [
     "describe",
     "group_advantage",
     "init_state",
+    "kl_masked_loss",
     "make_optimizer",
     "make_plan",
-    "policy_log_prob",
     "prompt_keys",
     "roll_out",
+    "score_samples",
     "update_policy",
 ]

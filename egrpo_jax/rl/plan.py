@@ -11,7 +11,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.plugins import load_attribute
@@ -25,6 +27,7 @@ PROCESSES: Mapping[str, Callable[[float], Process]] = MappingProxyType(
     {"flow_sde": FlowSde, "dance_sde": DanceSde, "cps": Cps, "exact_sde": ExactSde}
 )
 """The kernels of random steps, by their names in the config; each is made with a noise level."""
+StepWeights: TypeAlias = Literal["none", "noise", "flat"]
 LEAST_BY_NOISE = 0.001
 
 
@@ -179,12 +182,29 @@ class Plan:
         """Forward-and-backward passes of one prompt's update: a group shares its latents, hence one for each branch."""
         return len(self.branches)
 
-    def update_equivalents(self, num_updates: int) -> int:
+    def update_equivalents(self, epochs: int, is_scored: bool) -> int:
         """The work of one prompt's update in forward passes: a backward pass is two, what remat repeats does not count.
 
-        Before the first of several updates, one more pass of each state takes the old log-probabilities.
+        Before the first of several updates, one more pass of each state takes the old log-probabilities: `is_scored`.
         """
-        return (3 + (num_updates > 1)) * self.training_passes
+        return (3 * epochs + is_scored) * self.training_passes
+
+    def step_weights(self, kind: StepWeights) -> np.ndarray:
+        r"""The factor of the loss of each active step, `[E]`.
+
+        A sample's log-density has the gradient kappa e dv, with kappa = J/std the step's |d mean / d v| over its std,
+        e the sample's noise and dv the gradient of the velocity: the later the step, the more it weighs.
+
+        "none": 1. "noise": std, of mean 1 over the steps, which leaves J (TempFlow-GRPO, arXiv:2508.04324, eq. 8).
+        "flat": c/J, for a loss of log-ratios times std, c being such that std c/J, that is 1/kappa, has mean 1: which
+        leaves 1 (GRPO-Guard, arXiv:2510.22319, for any kernel as in Precise, arXiv:2605.23522).
+        """
+        steps = [(self.times[branch.step], self.times[branch.stop], branch.noise) for branch in self.branches]
+        std = np.array([self.process.std(*step) for step in steps])
+        jacobian = np.array([self.process.jacobian(*step) for step in steps])
+        if kind == "noise":
+            return std / std.mean()
+        return np.ones_like(std) if kind == "none" else 1 / (jacobian * (std / jacobian).mean())
 
     @property
     def decodes(self) -> int:

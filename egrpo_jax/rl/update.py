@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Decay, Range, check
 from egrpo_jax.flow.process import Process
 from egrpo_jax.flow.solver import VelocityFn
-from egrpo_jax.flow.transition import log_prob
+from egrpo_jax.flow.transition import Kernel, kl_divergence, log_prob
 from egrpo_jax.rl.apply import apply_gradient
 from egrpo_jax.rl.deal import States
-from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss
+from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss, kl_masked_loss, total_loss
+from egrpo_jax.rl.plan import StepWeights
 from egrpo_jax.rl.rollout import Transitions, group_kernel
 
 
@@ -29,7 +31,15 @@ class LearnerConfig:
     Attributes:
       updates: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
         one update for each active step, in order, the later ones off-policy (the E-GRPO and G2RPO codes).
-      clip_range: the ratio is clipped to 1 plus or minus this; float32 tells nothing below 1e-7 from 1.
+      epochs: how often these are made of one rollout, the ratio being always to the policy that sampled.
+      step_weights: of the active steps' losses, of which late ones weigh more. "none": as they are (the paper);
+        "noise": times the step's std, of mean 1 (TempFlow-GRPO); "flat": all weigh alike, whatever the process
+        (GRPO-Guard, Precise): the ratio is that of the densities but for its drift, to the power of the std.
+      objective: where a sample's gradient ends. "clip": the ratio has left 1 by `clip_range`; "kl_mask": it goes on
+        leaving 1 while the step's KL divergence from the policy that sampled is beyond `kl_limit` (Flow-DPPO).
+      clip_range: the ratio is clipped to 1 plus or minus this; float32 tells nothing below 1e-7 from 1. The published
+        ranges for "flat" are 2e-6 and 4e-6.
+      kl_limit: of "kl_mask", averaged over latent dimensions.
       advantage_clip: advantages are clipped to plus or minus this.
       micro_batch: states in one forward and backward pass on one device, gradients being accumulated over the rest;
         None for all, which saves the memory of one copy of the gradients, and takes that of all activations.
@@ -38,17 +48,32 @@ class LearnerConfig:
     """
 
     updates: Literal["joint", "per_active_step"] = "joint"
+    epochs: Count = 1
+    step_weights: StepWeights = "none"
+    objective: Literal["clip", "kl_mask"] = "clip"
     clip_range: Annotated[float, Range(1e-7, 1000)] = 1e-4
+    kl_limit: Annotated[float, Range(1e-12, 1000)] = 1e-5
     advantage_clip: Annotated[float, Range(1e-3, 10**6)] = 5.0
     micro_batch: Count | None = None
     ema_decay: Decay | None = None
 
     def __post_init__(self) -> None:
         check(self)
+        if self.objective == "clip" and self.kl_limit != LearnerConfig.kl_limit:
+            raise ConfigError("kl_limit", self.kl_limit, "objective 'kl_mask', which alone has a limit")
 
-    def num_updates(self, num_active: int) -> int:
-        """Optimizer updates of an iteration with `num_active` active steps."""
+    def updates_of_epoch(self, num_active: int) -> int:
+        """Optimizer updates of an epoch with `num_active` active steps."""
         return num_active if self.updates == "per_active_step" else 1
+
+    def is_scored(self, num_active: int) -> bool:
+        """True if an iteration has several updates, before which the old log-densities are taken."""
+        return self.epochs * self.updates_of_epoch(num_active) > 1
+
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss takes the KL divergence from the policy that sampled, hence its mean."""
+        return self.step_weights == "flat" or self.objective == "kl_mask"
 
 
 class Skipped(NamedTuple):
@@ -68,7 +93,7 @@ class TrainState(NamedTuple):
 
 
 class UpdateStats(NamedTuple):
-    """Statistics of an iteration's U optimizer updates, each `[U]`.
+    """Statistics of an iteration's U optimizer updates in each of K epochs, each `[K U]`.
 
     `rollout_deviation` is the largest |r - 1| between the log-densities of the rollout and those of the update's own
     forward pass; only of the first update is it at the same parameters.
@@ -80,21 +105,33 @@ class UpdateStats(NamedTuple):
     update_norm: chex.Array
 
 
+class Scored(NamedTuple):
+    """A policy's view of G samples of each state: their log-densities `[..., G]`, and the Gaussian that they are of.
+
+    `kernel` has a mean `[..., 1, N, D]`; None where it is not needed.
+    """
+
+    log_prob: chex.Array
+    kernel: Kernel | None
+
+
 class Batch(NamedTuple):
     """Trained states, in micro-batches of B for one forward and backward pass; leading axes `[U, M, B]`, or the last.
 
     Attributes:
       prompt: the row of the conditioning that a state belongs to.
       weight: of each state; sums to 1 over all workers' states of an update.
+      step_weight: the factor of its loss.
       transitions, advantage: of G samples of each state.
-      old_log_prob: of these, at the parameters that sampled; None where an update is at just these.
+      old: of these, at the parameters that sampled; None where an update is at just these.
     """
 
     prompt: chex.Array
     weight: chex.Array
+    step_weight: chex.Array
     transitions: Transitions
     advantage: chex.Array
-    old_log_prob: chex.Array | None = None
+    old: Scored | None = None
 
 
 class StepStats(NamedTuple):
@@ -107,8 +144,8 @@ class StepStats(NamedTuple):
     rollout_deviation: chex.Array
 
 
-Scorer = Callable[[Any, Batch], chex.Array]
-"""`(params, batch [M, B]) -> log-densities [M, B, G]`."""
+Scorer = Callable[[Any, Batch], Scored]
+"""`(params, batch [M, B]) -> of its samples [M, B, G]`, with a kernel where the loss needs it."""
 Gradient = Callable[[Any, Batch], tuple[Any, StepStats]]
 """`(params, batch [M, B]) -> (gradient of the loss, float32, its statistics)`, over all workers."""
 
@@ -119,10 +156,10 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, config: Lea
     return TrainState(params, optimizer.init(params), ema, Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)))
 
 
-def policy_log_prob(
+def score_samples(
     velocity_fn: VelocityFn, process: Process, params: Any, transitions: Transitions, conditioning: Any
-) -> chex.Array:
-    """The log-densities `[B, G]` of the samples of B states, by one forward pass of batch B.
+) -> Scored:
+    """The log-densities `[B, G]` of the samples of B states and their kernel, by one forward pass of batch B.
 
     Args:
       velocity_fn, params: the model.
@@ -132,17 +169,26 @@ def policy_log_prob(
     """
     velocity = velocity_fn(params, transitions.latents, transitions.time, conditioning)
     times = transitions.time, transitions.next_time, transitions.noise
-    return log_prob(group_kernel(process, transitions.latents, velocity, *times), transitions.next_latents)
+    kernel = group_kernel(process, transitions.latents, velocity, *times)
+    return Scored(log_prob(kernel, transitions.next_latents), kernel)
 
 
-def take_batches(transitions: Transitions, advantage: chex.Array, states: States) -> Batch:
-    """The trained `states [U, M, B]` of a worker's transitions `[P, E, ...]` and advantages `[P, E, G]`."""
+def take_batches(
+    transitions: Transitions, advantage: chex.Array, step_weights: chex.Array | np.ndarray, states: States
+) -> Batch:
+    """The trained `states [U, M, B]` of a worker's transitions `[P, E, ...]` and advantages `[P, E, G]`.
+
+    `step_weights` are those of the E active steps, see `Plan.step_weights`.
+    """
     rows = lambda x: x[states.prompt, states.active]
-    return Batch(states.prompt, states.weight, jax.tree.map(rows, transitions), rows(advantage))
+    of_steps = jnp.asarray(step_weights, jnp.float32)[states.active]
+    return Batch(states.prompt, states.weight, of_steps, jax.tree.map(rows, transitions), rows(advantage))
 
 
-def score_batch(velocity_fn: VelocityFn, process: Process, params: Any, conditioning: Any, batch: Batch) -> chex.Array:
-    """The log-densities `[M, B, G]` of the samples of `batch [M, B]` at `params`.
+def score_batch(
+    velocity_fn: VelocityFn, process: Process, config: LearnerConfig, params: Any, conditioning: Any, batch: Batch
+) -> Scored:
+    """Log-densities `[M, B, G]` of the samples of `batch [M, B]` at `params`, with the kernel where the loss needs it.
 
     Args:
       velocity_fn, params: the model.
@@ -150,7 +196,12 @@ def score_batch(velocity_fn: VelocityFn, process: Process, params: Any, conditio
       conditioning: pytree with leading axis P.
       batch: see `take_batches`.
     """
-    return jax.lax.map(lambda micro: _score(velocity_fn, process, params, conditioning, micro), batch)
+
+    def score(micro: Batch) -> Scored:
+        scored = _score(velocity_fn, process, params, conditioning, micro)
+        return scored if config.needs_kl else scored._replace(kernel=None)
+
+    return jax.lax.map(score, batch)
 
 
 def policy_gradient(
@@ -162,7 +213,7 @@ def policy_gradient(
       velocity_fn, params: the model.
       process: the kernel that the samples were drawn from.
       conditioning: pytree with leading axis P.
-      batch: see `take_batches`. Without old log-densities the ratio is 1 by construction.
+      batch: see `take_batches`. Without those at old parameters the ratio is 1 by construction.
 
     Returns:
       The gradient, in float32, and statistics.
@@ -170,9 +221,9 @@ def policy_gradient(
 
     def loss(params: Any, micro: Batch) -> tuple[chex.Array, StepStats]:
         scored = _score(velocity_fn, process, params, conditioning, micro)
-        weight = micro.weight[:, None] / scored.shape[1]
-        value, stats = policy_loss(scored, micro.old_log_prob, micro.advantage, config, weight)
-        deviation = jnp.abs(jnp.expm1(scored - micro.transitions.log_prob))
+        weight = micro.weight[:, None] / micro.advantage.shape[1]
+        value, stats = policy_loss(config, scored, micro.old, micro.advantage, weight, micro.step_weight[:, None])
+        deviation = jnp.abs(jnp.expm1(scored.log_prob - micro.transitions.log_prob))
         return value, StepStats(stats, deviation.max(initial=0.0, where=weight > 0))
 
     # Added up in place, also within a scan over blocks: else each micro-batch makes a gradient of its own first. In
@@ -196,26 +247,46 @@ def add_stats(parts: StepStats) -> StepStats:
     return StepStats(total._replace(ratio_deviation=largest), parts.rollout_deviation.max(0))
 
 
-def _score(velocity_fn: VelocityFn, process: Process, params: Any, conditioning: Any, micro: Batch) -> chex.Array:
+def _score(velocity_fn: VelocityFn, process: Process, params: Any, conditioning: Any, micro: Batch) -> Scored:
     own = jax.tree.map(lambda x: x[micro.prompt], conditioning)
-    return policy_log_prob(velocity_fn, process, params, micro.transitions, own)
+    return score_samples(velocity_fn, process, params, micro.transitions, own)
 
 
 def policy_loss(
-    scored: chex.Array,
-    old_log_prob: chex.Array | None,
-    advantage: chex.Array,
     config: LearnerConfig,
+    new: Scored,
+    old: Scored | None,
+    advantage: chex.Array,
     weight: chex.Array | None = None,
+    step_weight: chex.Array | float = 1.0,
 ) -> tuple[chex.Array, LossStats]:
-    """The clipped loss of samples `[B, G]`, of log-density `scored`.
+    r"""The loss of samples `[B, G]`, of ratio r = p/p_old, or with step weights "flat" (GRPO-Guard, arXiv:2510.22319)
+
+        r = exp((log p - log p_old + b) std),      b = mean((m - m_old)^2) / (2 std^2) = KL(p_old | p).
+
+    Means and log-densities are over latent dimensions. A sample m_old + std e has log p - log p_old = z e - b for
+    z = (m - m_old)/std: b takes away the drift, and the std makes the spread that of m, alike at every step.
 
     The old log-densities are those of this very forward pass before the first update: in bfloat16 another program (the
     rollout's, of another batch) rounds differently, by several times a clip range of 1e-4. So with None, for
-    parameters that have not moved since the rollout, `scored` is its own past, and the ratio is 1 by construction.
+    parameters that have not moved since the rollout, `new` is its own past, and the ratio is 1 by construction.
     """
-    old = jax.lax.stop_gradient(scored) if old_log_prob is None else old_log_prob
-    return clipped_ratio_loss(scored, old, advantage, config.clip_range, config.advantage_clip, weight)
+    old = jax.lax.stop_gradient(new) if old is None else old
+    advantage = jnp.clip(advantage, -config.advantage_clip, config.advantage_clip)
+    log_ratio = new.log_prob - old.log_prob
+    exponent, kl = log_ratio, jnp.zeros(())
+    if config.needs_kl:
+        assert new.kernel
+        assert old.kernel  # `score_batch` keeps it then
+        kl = kl_divergence(old.kernel, new.kernel)
+        if config.step_weights == "flat":
+            exponent = (log_ratio + kl) * new.kernel.std[..., 0, 0]
+    ratio = jnp.exp(exponent)
+    if config.objective == "clip":
+        samples = clipped_ratio_loss(ratio, advantage, config.clip_range)
+    else:
+        samples = kl_masked_loss(ratio, advantage, kl, config.kl_limit)
+    return total_loss(samples, ratio, log_ratio, weight, step_weight)
 
 
 def update_policy(
@@ -226,9 +297,10 @@ def update_policy(
     state: TrainState,
     batches: Batch,
 ) -> tuple[TrainState, UpdateStats]:
-    """One iteration's optimizer updates.
+    """One iteration's optimizer updates: those of `batches` in order, in each of `config.epochs`.
 
-    Before the first of several, one forward pass of each state takes the old log-densities. Compile this without excess
+    Before the first of several, one forward pass of each state takes the old log-densities, and the old means where
+    the loss needs them. Compile this without excess
     precision (`parallel.mesh.EXACT`): only then do passes of equal shapes round equally.
 
     Args:
@@ -237,11 +309,16 @@ def update_policy(
       state: parameters, optimizer state and average.
       batches: the trained states of all workers, `[U, M, B]`.
     """
-    if len(batches.weight) > 1:
+    if config.epochs * len(batches.weight) > 1:
         with jax.named_scope("old_log_probabilities"):
             old = jax.lax.map(lambda batch: score(state.params, batch), batches)
-        batches = batches._replace(old_log_prob=old)
-    new, stats = jax.lax.scan(functools.partial(_optimizer_step, optimizer, gradient), state, batches)
+        batches = batches._replace(old=old)
+
+    def update(state: TrainState, index: chex.Array) -> tuple[TrainState, UpdateStats]:
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
+        return _optimizer_step(optimizer, gradient, state, batch)
+
+    new, stats = jax.lax.scan(update, state, jnp.tile(jnp.arange(len(batches.weight)), config.epochs))
     if config.ema_decay is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1 - config.ema_decay))
     return new, stats

@@ -96,11 +96,12 @@ def speed_numbers(job: Job, timer: PhaseTimer, compiled: Sequence[float]) -> dic
 def _model_flops(job: Job) -> dict[str, float]:
     """Operations of an iteration's phases on all devices, of those where they are known."""
     plan, pipeline = job.plan, job.pipeline
-    updates = job.config.learner.num_updates(len(plan.branches))
+    learner = job.config.learner
+    update = plan.update_equivalents(learner.epochs, learner.is_scored(len(plan.branches)))
     of_a_prompt = {
         "rollout": (plan.rollout_passes, pipeline.forward_flops),
         "decode": (plan.decodes, pipeline.decode_flops),
-        "update": (plan.update_equivalents(updates), pipeline.forward_flops),
+        "update": (update, pipeline.forward_flops),
     }
     prompts = job.config.prompts_per_iteration
     return {phase: prompts * count * each for phase, (count, each) in of_a_prompt.items() if each is not None}

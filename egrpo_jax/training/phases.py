@@ -12,11 +12,12 @@ import numpy as np
 
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.parallel.fsdp import Layout
-from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
+from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_devices, spread
 from egrpo_jax.rl.deal import Tails, deal_prompts, deal_states, deal_tails, first_rows
 from egrpo_jax.rl.rollout import Rollout, Transitions, roll_out
 from egrpo_jax.rl.update import (
     Batch,
+    Scored,
     StepStats,
     TrainState,
     UpdateStats,
@@ -92,8 +93,8 @@ def _update(
         lambda trained, *inputs: pipeline.velocity(layout.boxed(combine(trained, frozen)), *inputs)
     )
 
-    def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> chex.Array:
-        return score_batch(velocity(frozen), job.plan.process, trained, conditioning, batch)
+    def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> Scored:
+        return score_batch(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
 
     def gradient(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> tuple[Any, StepStats]:
         grads, stats = policy_gradient(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
@@ -123,11 +124,11 @@ def _batches(job: Job, transitions: Transitions, advantage: chex.Array) -> Batch
     """The trained states of all workers, `[U, D M, B]`, of rows of prompts dealt to them."""
     config = job.config.learner
     num_prompts, num_active = job.config.prompts_per_iteration, advantage.shape[1]
-    updates = config.num_updates(num_active)
+    updates = config.updates_of_epoch(num_active)
     states = deal_states(num_prompts, num_active, sample_devices(), updates, config.micro_batch)
-    return spread(take_batches, (over_samples(), over_samples(), over_samples(1)), over_samples(1))(
-        transitions, advantage, states
-    )
+    in_specs = (over_samples(), over_samples(), REPLICATED, over_samples(1))
+    step_weights = job.plan.step_weights(config.step_weights)
+    return spread(take_batches, in_specs, over_samples(1))(transitions, advantage, step_weights, states)
 
 
 def _take(tree: Any, rows: np.ndarray) -> Any:

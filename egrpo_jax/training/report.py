@@ -102,7 +102,7 @@ def _check_scored(first: Evaluation) -> None:
 def warn_of_rounding(config: TrainConfig, numbers: dict[str, float]) -> None:
     """Says if rollout and update compute log-densities that differ by more than the clip range."""
     found, clip_range = numbers["ratio/rollout_deviation"], config.learner.clip_range
-    if found > clip_range:
+    if config.learner.objective == "clip" and found > clip_range:
         _warn(
             f"rollout and update round differently: |r - 1| up to {found:.1e} at the same parameters, against a "
             f"clip_range of {clip_range:.1e}; the ratio is taken from the update's own passes and is not affected, but "

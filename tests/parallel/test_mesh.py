@@ -31,6 +31,7 @@ def run(config, out, *axes):
     ("config", "meshes"),
     [
         ("tests/toy.py@6x4", ((2, 2, 2),)),  # two of four share three prompts
+        ("tests/toy.py:reuse@6x4", ((2, 2, 2),)),
         pytest.param("tests/toy.py", MESHES, marks=pytest.mark.mesh),
         pytest.param("tests/toy.py@1x12", ((8, 1, 1), (1, 8, 1)), marks=pytest.mark.mesh),  # eight share one prompt
         pytest.param("configs/emoji.py", MESHES, marks=pytest.mark.mesh),

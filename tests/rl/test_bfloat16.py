@@ -50,26 +50,31 @@ def sampled():
     roll = lambda: roll_out(
         functools.partial(velocity, "none"), params, plan, tails, (TEXT, POOLED), keys, (16, CONFIG.in_channels)
     )
-    return params, plan.process, jax.jit(roll)().transitions
+    return params, plan, jax.jit(roll)().transitions
 
 
-SETTINGS = [(remat, batch, "per_active_step") for remat in ("none", "projections", "blocks") for batch in (1, None)]
+BY_STEP = {"updates": "per_active_step"}
+SETTINGS = [(remat, batch, BY_STEP) for remat in ("none", "projections", "blocks") for batch in (1, None)]
+OBJECTIVES = [{"step_weights": "flat"}, {"step_weights": "noise"}, {"objective": "kl_mask", "kl_limit": 1e-12}]
 
 
-@pytest.mark.parametrize(("remat", "micro_batch", "updates"), [*SETTINGS, ("blocks", 1, "joint")])
-def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, updates):
-    params, process, transitions = sampled
+@pytest.mark.parametrize(
+    ("remat", "micro_batch", "changes"),
+    [*SETTINGS, ("blocks", 1, {}), *(("blocks", 1, BY_STEP | {"epochs": 2} | each) for each in OBJECTIVES)],
+)
+def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, changes):
+    params, plan, transitions = sampled
     # So small a learning rate moves no float32: every update is at the parameters that sampled.
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-12))
-    config = LearnerConfig(updates=updates, micro_batch=micro_batch)
+    config = LearnerConfig(micro_batch=micro_batch, **changes)
     own, conditioning = functools.partial(velocity, remat), (TEXT, POOLED)
     advantage = jax.random.normal(jax.random.key(5), transitions.log_prob.shape)
-    states = deal_states(*advantage.shape[:2], 1, 1 if updates == "joint" else advantage.shape[1], micro_batch)
+    states = deal_states(*advantage.shape[:2], 1, config.updates_of_epoch(advantage.shape[1]), micro_batch)
 
     def update(state):
-        score = lambda params, batch: score_batch(own, process, params, conditioning, batch)
-        gradient = lambda params, batch: policy_gradient(own, process, config, params, conditioning, batch)
-        batches = take_batches(transitions, advantage, states)
+        score = lambda params, batch: score_batch(own, plan.process, config, params, conditioning, batch)
+        gradient = lambda params, batch: policy_gradient(own, plan.process, config, params, conditioning, batch)
+        batches = take_batches(transitions, advantage, plan.step_weights(config.step_weights), states)
         return update_policy(score, gradient, optimizer, config, state, batches)
 
     _, stats = jax.jit(update, compiler_options=EXACT)(init_state(params, optimizer, config))

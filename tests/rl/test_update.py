@@ -19,11 +19,12 @@ from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import prompt_keys, roll_out
 from egrpo_jax.rl.update import (
     LearnerConfig,
+    Scored,
     init_state,
     policy_gradient,
-    policy_log_prob,
     policy_loss,
     score_batch,
+    score_samples,
     take_batches,
     update_policy,
 )
@@ -48,9 +49,8 @@ def run(config, optim=OPTIM, steps=1, params=PARAMS, advantage=ADVANTAGE, transi
 
 def update_alone(config, optimizer, state, transitions, advantage):
     """The update of one worker."""
-    updates = advantage.shape[1] if config.updates == "per_active_step" else 1
-    states = deal_states(*advantage.shape[:2], 1, updates, config.micro_batch)
-    score = functools.partial(score_batch, toy.velocity, PLAN.process)
+    states = deal_states(*advantage.shape[:2], 1, config.updates_of_epoch(advantage.shape[1]), config.micro_batch)
+    score = functools.partial(score_batch, toy.velocity, PLAN.process, config)
     gradient = functools.partial(policy_gradient, toy.velocity, PLAN.process, config)
     return update_policy(
         lambda params, batch: score(params, TEXT, batch),
@@ -58,7 +58,7 @@ def update_alone(config, optimizer, state, transitions, advantage):
         optimizer,
         config,
         state,
-        take_batches(transitions, advantage, states),
+        take_batches(transitions, advantage, PLAN.step_weights(config.step_weights), states),
     )
 
 
@@ -68,8 +68,8 @@ def moved(seed=3):
 
 
 def loss_of(params, transitions, advantage, text, config):
-    scored = policy_log_prob(toy.velocity, PLAN.process, params, transitions, text)
-    return policy_loss(scored, transitions.log_prob, advantage, config)[0]
+    scored = score_samples(toy.velocity, PLAN.process, params, transitions, text)
+    return policy_loss(config, scored, Scored(transitions.log_prob, None), advantage)[0]
 
 
 @pytest.mark.parametrize("params", [PARAMS, moved()], ids=["on_policy", "off_policy"])
@@ -91,7 +91,8 @@ def test_one_shared_forward_equals_separate_forwards(params, step):
             repeat(transitions.noise),
         )
         scored = log_prob(kernel, transitions.next_latents.reshape(-1, *toy.SHAPE)).reshape(4, 5)
-        return clipped_ratio_loss(scored, transitions.log_prob, advantage, 5e-3, 5.0)[0]
+        ratio = jnp.exp(scored - transitions.log_prob)
+        return clipped_ratio_loss(ratio, jnp.clip(advantage, -5.0, 5.0), 5e-3).loss.mean()
 
     expected = jax.grad(separate)(params)
     scale = optax.tree.norm(expected)
@@ -117,7 +118,7 @@ def test_ratio_is_one_with_every_process_and_its_gradient_that_of_the_gaussian(c
         transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
 
         def scored(params, transitions=transitions):
-            return policy_log_prob(toy.velocity, plan.process, params, transitions, TEXT)
+            return score_samples(toy.velocity, plan.process, params, transitions, TEXT).log_prob
 
         chex.assert_trees_all_close(scored(PARAMS), transitions.log_prob, atol=1e-6)
         # d log p / d v = J (x' - mean) / std^2 / (N D), with the plan's own J and std.

@@ -11,8 +11,8 @@ from egrpo_jax.training import numbers
 def test_each_phase_has_its_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(numbers, "peak_flops", lambda _: 100.0)
     job = SimpleNamespace(
-        config=SimpleNamespace(prompts_per_iteration=2, learner=SimpleNamespace(num_updates=lambda _: 1)),
-        plan=SimpleNamespace(rollout_passes=10, decodes=4, branches=(0, 1), update_equivalents=lambda _: 6),
+        config=SimpleNamespace(prompts_per_iteration=2, learner=SimpleNamespace(epochs=1, is_scored=lambda _: False)),
+        plan=SimpleNamespace(rollout_passes=10, decodes=4, branches=(0, 1), update_equivalents=lambda *_: 6),
         pipeline=SimpleNamespace(forward_flops=3.0, decode_flops=None),
     )
     seconds = {"seconds/rollout": 2.0, "seconds/update": 0.5, "seconds/iteration": 4.0}
