@@ -45,7 +45,7 @@ TAILS = 12
 """Slots of a device."""
 FSDP = {"v4": 8, "v5p": 4, "v5e": 16, "v6e": 8, "tpu7x": 4}
 """Devices over which weights are split; the others hold copies. Over more, a gather sends more and smaller pieces. All
-weights are known to fit so on v5p and v6e, on the others not."""
+weights fit so on v5p and v6e, with their moments on the hosts on v5e; on the others that is not known."""
 
 FLAGS = flags.FlagValues()
 ONLY = flags.DEFINE_multi_string(
@@ -152,6 +152,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         for phase in PHASES:
             rows = [found.get(f"{topology}/{kind}/{phase}") for topology in SCALED]
             shown = [row for row in rows if row and row["flops"] is not None]
+            if len(shown) < 2:  # no line
+                continue
             devices, label = [row["devices"] for row in shown], f"{phase}, {KINDS[kind]}"
             flops.plot(devices, [row["flops"] / 1e15 for row in shown], marker="o", label=label)
             wire.plot(devices, [sum(row["wire"].values()) / 1e9 for row in shown], marker="o", label=label)
@@ -159,9 +161,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=11)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_ylim(top=2 * axes.get_ylim()[1])
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_xlabel("chips of v5p, 2 prompts each")
         axes.grid(alpha=0.3)
-    flops.legend(fontsize=8)
+    flops.legend(fontsize=8, loc="center")
     save_figure(figure, path)
 
 

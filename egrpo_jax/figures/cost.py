@@ -69,11 +69,13 @@ def cost_figure(
     if capacity is not None:
         memory.axhline(capacity / 2**30, color="black", linestyle="--", linewidth=1, label="usable")
     memory.set_xlim(-0.5, len(names) + 1.1)
-    memory.legend(fontsize=8, loc="upper right")
+    memory.legend(fontsize=8, loc="center right")
     flops.bar(names, [phases[name].flops / 1e12 for name in names], color=_TAIL, width=0.6)
     flops.set_title("TFLOP of a device, an iteration", fontsize=11)
     _stack(wire, names, [{kind: value / 1e9 for kind, value in phases[name].wire.items()} for name in names])
     wire.set_title("GB received, an iteration", fontsize=11)
+    for axes in (memory, flops, wire):
+        axes.margins(y=0.1)
     if wire.get_legend_handles_labels()[0]:
         wire.legend(fontsize=8)
     save_figure(figure, path)
