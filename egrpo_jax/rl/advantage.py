@@ -15,24 +15,38 @@ import jax.numpy as jnp
 Combination = Literal["advantages", "sum", "decoupled"]
 """How several rewards become one advantage: see `credit`."""
 
+Over = Literal["group", "prompt", "all"]
+"""The samples that a mean or a std is of: of one prompt and active step, of one prompt, or of the iteration."""
+
 _EPS = 1e-8
+_AXES = {"group": (-1,), "prompt": (-3, -1), "all": (-4, -3, -1)}
 
 
-def group_advantage(rewards: chex.Array) -> chex.Array:
-    """(R - mean) / (std + 1e-8) over the last axis, with the sample std (G - 1), as in GRPO.
+def group_advantage(
+    rewards: chex.Array, mean_of: Over = "group", std_of: Over = "group", judged: chex.Array | None = None
+) -> chex.Array:
+    """(R - mean) / (std + 1e-8), with the sample std (n - 1): of the group both in GRPO, where G samples are a group.
 
-    A group of equal rewards has advantage 0 exactly: in float32 its computed mean may differ from its members by a
-    rounding error, which the division would blow up to order 1.
+    Where all rewards that a std is of are equal, the advantage is 0 exactly: in float32 their computed mean may differ
+    from them by a rounding error, which the division would blow up to order 1.
 
     Args:
-      rewards: `[..., G]`, the rewards of samples that share prompt and active step.
+      rewards: `[..., G]`, the rewards of samples that share prompt and active step; for other sets `[P, E, R, G]`.
+      mean_of: the samples that others are compared with.
+      std_of: the samples by whose spread they are measured.
+      judged: `[P, E]`, groups that count in sets of several; by default all.
 
     Returns:
-      Advantages `[..., G]`.
+      Advantages, like `rewards`.
     """
-    mean = rewards.mean(-1, keepdims=True)
-    std = rewards.std(-1, ddof=1, keepdims=True)
-    return jnp.where(_all_equal(rewards)[..., None], 0.0, (rewards - mean) / (std + _EPS))
+
+    def counted(of: Over) -> chex.Array | None:
+        return None if judged is None or of == "group" else jnp.broadcast_to(judged[..., None, None], rewards.shape)
+
+    mean = jnp.mean(rewards, _AXES[mean_of], keepdims=True, where=counted(mean_of))
+    std = jnp.std(rewards, _AXES[std_of], ddof=1, keepdims=True, where=counted(std_of))
+    equal = _all_equal(rewards, _AXES[std_of], counted(std_of))
+    return jnp.where(equal, 0.0, (rewards - mean) / (std + _EPS))
 
 
 def credit(
@@ -41,6 +55,8 @@ def credit(
     weights: Mapping[str, float],
     combination: Combination = "advantages",
     clips: Mapping[str, float] | None = None,
+    mean_of: Over = "group",
+    std_of: Over = "group",
 ) -> chex.Array:
     """Advantages of the branches' samples.
 
@@ -58,15 +74,17 @@ def credit(
       weights: the weight of each training reward.
       combination: how they are combined.
       clips: rewards whose normalised advantage is clipped, to plus and minus so much; not for "sum".
+      mean_of, std_of: what rewards are normalised by, see `group_advantage`.
 
     Returns:
       `[P, E, G]`.
     """
+    normalised = lambda values: group_advantage(values, mean_of, std_of, complete_groups(came))
     if combination == "sum":
-        total = group_advantage(_weighted(rewards, weights))
+        total = normalised(_weighted(rewards, weights))
     else:
         bounds = {name: (clips or {}).get(name, jnp.inf) for name in weights}
-        total = _weighted({name: group_advantage(rewards[name]).clip(-c, c) for name, c in bounds.items()}, weights)
+        total = _weighted({name: normalised(rewards[name]).clip(-c, c) for name, c in bounds.items()}, weights)
     advantage = total.sum(axis=2)
     judged = complete_groups(came)[..., None]
     if combination == "decoupled":
@@ -78,7 +96,7 @@ def credit(
 
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
     """The share of groups `[..., G]` in which all rewards are equal: they teach nothing."""
-    return _all_equal(rewards).mean()
+    return _all_equal(rewards, (-1,)).mean()
 
 
 def complete_groups(came: chex.Array) -> chex.Array:
@@ -90,5 +108,6 @@ def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) ->
     return jnp.asarray(sum(weight * values[name] for name, weight in weights.items()))
 
 
-def _all_equal(rewards: chex.Array) -> chex.Array:
-    return rewards.max(-1) == rewards.min(-1)
+def _all_equal(rewards: chex.Array, axes: tuple[int, ...], counted: chex.Array | None = None) -> chex.Array:
+    largest = jnp.max(rewards, axes, keepdims=True, where=counted, initial=-jnp.inf)
+    return largest == jnp.min(rewards, axes, keepdims=True, where=counted, initial=jnp.inf)

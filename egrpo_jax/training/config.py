@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import ml_collections
 
@@ -14,7 +14,7 @@ from egrpo_jax.common.ranges import Count, Range, Seed, check
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
-from egrpo_jax.rl.advantage import Combination
+from egrpo_jax.rl.advantage import Combination, Over
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -30,6 +30,10 @@ class RewardsConfig:
       weights: one weight for each of them; below 0 trains against it.
       combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
         weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
+      mean_of: the samples that a reward is compared with: "group", those of its prompt and active step (the paper);
+        "prompt", those of all active steps of its prompt, so that a step that does better than others gains; "all".
+      std_of: the samples by whose spread that is measured, as wide a choice or a wider one: "all" is Flow-GRPO's global
+        std, "prompt" with `mean_of` "group" lets steps that matter more weigh more.
       clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
       heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
@@ -39,6 +43,8 @@ class RewardsConfig:
     train: tuple[str, ...] = ("emoji",)
     weights: tuple[Annotated[float, Range(-1000, 1000)], ...] = (1.0,)
     combination: Combination = "advantages"
+    mean_of: Over = "group"
+    std_of: Over = "group"
     clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
@@ -53,6 +59,9 @@ class RewardsConfig:
             raise ConfigError("weights", self.weights, "a weight other than 0")
         if self.clips and len(self.clips) != len(self.train):
             raise ConfigError("clips", self.clips, f"nothing, or a number for each of {self.train}")
+        widths = get_args(Over)
+        if widths.index(self.std_of) < widths.index(self.mean_of):
+            raise ConfigError("std_of", self.std_of, f"{self.mean_of!r}, as mean_of is, or a wider set")
         if self.clips and self.combination == "sum":
             raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
         names = self.train + self.heldout

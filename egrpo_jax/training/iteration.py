@@ -199,5 +199,5 @@ def assign_credit(config: RewardsConfig, scores: dict[str, Scores]) -> tuple[che
 def _advantage(config: RewardsConfig, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
     weights = dict(zip(config.train, config.weights, strict=True))
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
-    advantage = credit(values, came, weights, config.combination, clips)
+    advantage = credit(values, came, weights, config.combination, clips, config.mean_of, config.std_of)
     return jnp.where(complete_groups(came).any(), advantage, jnp.nan)

@@ -51,6 +51,41 @@ def test_groups_are_not_mixed():
     chex.assert_trees_all_close(credit({"r": rewards}, {"r": 1.0}), credit({"r": shifted}, {"r": 1.0}), atol=1e-5)
 
 
+@pytest.mark.parametrize("std_of", ["group", "prompt", "all"])
+@pytest.mark.parametrize("mean_of", ["group", "prompt", "all"])
+def test_means_and_stds_of_wider_sets(mean_of, std_of):
+    """Restated, with a group that lacks a score: it counts in no set and has advantage 0."""
+    rewards = np.random.default_rng(2).normal(size=(3, 4, 2, 5)).astype(np.float32)
+    came = np.ones(rewards.shape, bool)
+    came[1, 2, 0, 3] = False
+    rewards[1, 2, 0, 3] = 1e6
+    got = credit_of({"r": jnp.array(rewards)}, jnp.array(came), {"r": 1.0}, mean_of=mean_of, std_of=std_of)
+    left_out = np.zeros((3, 4), bool)
+    left_out[1, 2] = True
+
+    def members(of, p, e, r):
+        prompts, steps = (
+            (slice(None) if of == "all" else slice(p, p + 1)),
+            (slice(e, e + 1) if of == "group" else slice(None)),
+        )
+        return rewards[prompts, steps, r][~left_out[prompts, steps]].astype(np.float64)
+
+    for p, e in np.argwhere(~left_out):
+        parts = [
+            (rewards[p, e, r] - members(mean_of, p, e, r).mean()) / members(std_of, p, e, r).std(ddof=1) for r in (0, 1)
+        ]
+        np.testing.assert_allclose(got[p, e], sum(parts), atol=2e-5)
+    np.testing.assert_array_equal(got[1, 2], 0)
+
+
+def test_equal_rewards_of_a_wider_set_have_no_advantage():
+    rewards = jnp.full((2, 3, 1, 4), 0.3).at[0, 1, 0, 2].set(0.8)
+    got = credit({"r": rewards}, {"r": 1.0})
+    assert (np.asarray(got) != 0).any(-1).tolist() == [[False, True, False], [False] * 3]
+    wide = credit_of({"r": rewards}, jnp.ones(rewards.shape, bool), {"r": 1.0}, mean_of="prompt", std_of="prompt")
+    assert (np.asarray(wide) != 0).any(-1).tolist() == [[True] * 3, [False] * 3]
+
+
 def test_share_of_groups_without_spread():
     rewards = jnp.array([[1.0, 1.0], [1.0, 2.0], [0.3, 0.3], [0.0, -1.0]])
     assert zero_spread_share(rewards) == 0.5
