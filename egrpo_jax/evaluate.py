@@ -122,6 +122,7 @@ def main() -> None:
         "prompts": protocol.describe_prompts(source, prompts),
         "resolution": dict(zip(("height", "width"), results.resolution, strict=True)),
         "steps": sampling.steps,
+        "solver": sampling.solver,
         "grid": SAMPLING.grid,
         "shift": sampling.shift,
         "seeds": list(range(SAMPLING.seed, SAMPLING.seed + judging.samples)),

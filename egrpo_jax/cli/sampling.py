@@ -11,6 +11,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
+from egrpo_jax.flow.solver import SOLVERS
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.training.config import TrainConfig
 
@@ -19,19 +20,20 @@ LAST_SEED = 2**32 - 1
 
 
 class Sampling(NamedTuple):
-    """A way to sample images: `batch` prompts at once, in `steps` on a time grid with `shift`."""
+    """A way to sample images: `batch` prompts at once, in `steps` of `solver` on a time grid with `shift`."""
 
     batch: int
     steps: int
     shift: float
+    solver: str
 
     def sampler(self, pipeline: Pipeline) -> Sampler:
         """The sampler that does so, under the mesh that is set."""
-        return Sampler(pipeline, shifted_times(self.steps, self.shift), self.batch)
+        return Sampler(pipeline, shifted_times(self.steps, self.shift), self.batch, self.solver)
 
 
 class SamplingFlags:
-    """The flags --prompt, --prompt_file, --seed, --steps, --grid and --batch."""
+    """The flags --prompt, --prompt_file, --seed, --steps, --grid, --solver and --batch."""
 
     def __init__(self, values: flags.FlagValues):
         self._prompt = flags.DEFINE_multi_string("prompt", None, "A prompt", flag_values=values)
@@ -57,6 +59,13 @@ class SamplingFlags:
             "training",
             ["training", "pipeline"],
             "Time grid: of the plan, or of the published pipeline, shifted by the image's size.",
+            flag_values=values,
+        )
+        self._solver = flags.DEFINE_enum(
+            "solver",
+            None,
+            list(SOLVERS),
+            "Euler's steps, or DPM-Solver++(2M)'s, of second order; by default as in evaluations.",
             flag_values=values,
         )
         self._batch = flags.DEFINE_integer(
@@ -97,7 +106,8 @@ class SamplingFlags:
         """The sampling that the flags name. Raises UserError if they ask for the model's own grid and it has none."""
         most = self._batch.value or config.evaluation.batch
         batch = math.ceil(num_prompts / math.ceil(num_prompts / most))  # as even as can be: little is filled up
-        return Sampling(batch, self._steps.value or config.plan.num_steps, self._shift(config, pipeline))
+        steps, solver = self._steps.value or config.plan.num_steps, self._solver.value or config.evaluation.solver
+        return Sampling(batch, steps, self._shift(config, pipeline), solver)
 
     def _shift(self, config: TrainConfig, pipeline: Pipeline) -> float:
         if self.grid == "training":

@@ -12,7 +12,7 @@ import numpy as np
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.images import finite_images, to_uint8
 from egrpo_jax.flow.grid import Times
-from egrpo_jax.flow.solver import Euler, solve
+from egrpo_jax.flow.solver import SOLVERS, solve
 from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
@@ -23,15 +23,15 @@ from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
 class Sampler:
     """Prompts to images by the deterministic flow; runs under the mesh that is set."""
 
-    def __init__(self, pipeline: Pipeline, times: Times, batch: int):
-        """`batch` prompts at once, rounded up to a multiple of the devices."""
+    def __init__(self, pipeline: Pipeline, times: Times, batch: int, solver: str = "euler"):
+        """`batch` prompts at once, rounded up to a multiple of the devices; `solver`: of `flow.solver.SOLVERS`."""
         devices = sample_devices()
         self._pipeline, self._batch = pipeline, math.ceil(batch / devices) * devices
         layout = Layout.of(pipeline.abstract(jax.sharding.get_mesh()), pipeline.dtype)
 
         def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
             noise, boxed = anchor_noise(keys, pipeline.latents_shape), layout.boxed(params)
-            latents = solve(Euler(), pipeline.velocity, boxed, noise, times, conditioning)
+            latents = solve(SOLVERS[solver](len(times) - 1), pipeline.velocity, boxed, noise, times, conditioning)
             return pipeline.decode(boxed, latents)
 
         spread_out = spread(sample, (layout.specs, over_samples(), over_samples()), over_samples())

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol
 
 import chex
@@ -154,6 +155,10 @@ class DpmSolver2M:
         # Not a product with 0: the history may be another walk's, and not finite.
         extrapolation = jnp.where(weight == 0, 0, weight * (data - history))
         return euler_step(latents, velocity, time, next_time) + extrapolation, data
+
+
+SOLVERS: Mapping[str, Callable[[int], Solver]] = MappingProxyType({"euler": lambda _: Euler(), "dpm2m": DpmSolver2M})
+"""Solvers by name; each is made of the steps of a grid, all of which it takes."""
 
 
 def tail_steps(solver: Solver, times: Times, start: int) -> int:

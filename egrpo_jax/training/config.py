@@ -75,12 +75,14 @@ class EvaluationConfig:
 
     Attributes:
       prompts: a built-in set, or a file as for training.
+      solver: "euler", or "dpm2m", DPM-Solver++(2M), of second order; a step takes one forward pass in either.
       every: iterations between two evaluations; there is always one before the first iteration and after the last.
       batch: prompts sampled at once.
       kept: how many of the prompts, evenly spread, have their images kept; the last report chooses among them.
     """
 
     prompts: str = "emoji_heldout"
+    solver: Literal["euler", "dpm2m"] = "euler"
     every: Count = 10
     batch: Count = 50
     kept: Count = 16

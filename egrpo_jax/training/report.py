@@ -55,7 +55,7 @@ class Evaluator:
         """
         self._job, self._frozen, self._workdir = job, frozen, workdir
         batch = min(job.config.evaluation.batch, len(job.evaluation_prompts))
-        self._sampler = Sampler(job.pipeline, job.plan.times, batch)
+        self._sampler = Sampler(job.pipeline, job.plan.times, batch, job.config.evaluation.solver)
         self._prompts = prompts_hash(job.evaluation_prompts)
         self.history = load_evaluations(workdir, iteration, job.rewards, self._prompts) if iteration else []
 

@@ -10,7 +10,9 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.evaluation.sampler import Sampler, pixels
 from egrpo_jax.flow.grid import shifted_times
+from egrpo_jax.flow.solver import DpmSolver2M, solve
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
 from tests import toy
 
 PROMPTS = ["a", "tree", "a green sea", "abc", "eel"]
@@ -40,6 +42,19 @@ def test_samples_do_not_depend_on_the_batch_or_the_start(first):
     assert places == list(range(first, 5, 2))
     np.testing.assert_allclose(part, whole[first:], atol=1e-6)
     assert np.abs(whole[0] - whole[1]).mean() > 0.01
+
+
+@pytest.mark.usefixtures("mesh")
+def test_images_of_the_second_order_solver():
+    pipeline, times = toy.pipeline(None), shifted_times(6, 3.0)
+    params, key = pipeline.load(jax.sharding.get_mesh()), jax.random.key(1)
+    found = {}
+    for solver in ("euler", "dpm2m"):
+        ((_, found[solver]),) = Sampler(pipeline, times, 5, solver)(params, PROMPTS, key)
+    noise = anchor_noise(prompt_keys(key, 0, 5), pipeline.latents_shape)
+    expected = solve(DpmSolver2M(6), pipeline.velocity, params, noise, times, pipeline.encode(PROMPTS))
+    np.testing.assert_allclose(found["dpm2m"], pipeline.decode(params, expected), atol=1e-6)
+    assert np.abs(found["dpm2m"] - found["euler"]).max() > 1e-3
 
 
 def broken(value, letter):
