@@ -70,8 +70,8 @@ INDEX = {
 def get_config(folder):
     """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters.
 
-    `...,int8` trains these to a base in int8. `...,bfloat16` computes in that, and its updates, one for each active
-    step, move no parameter.
+    `...,int8` trains these to a base in int8. `...,offload` has the moments on the hosts. `...,bfloat16` computes in
+    that, and its updates, one for each active step, move no parameter.
     """
     path, *variants = folder.split(",")
     still, int8 = "bfloat16" in variants, "int8" in variants
@@ -97,7 +97,7 @@ def get_config(folder):
             plan=PlanConfig(num_steps=4, group_size=3),
             learner=LearnerConfig(micro_batch=1, updates="per_active_step" if still else "joint"),
             # A large epsilon: AdamW would else blow gradients that are rounding errors up to whole steps.
-            optim=OptimConfig(learning_rate=1e-12 if still else 1e-2, eps=1e-3),
+            optim=OptimConfig(learning_rate=1e-12 if still else 1e-2, eps=1e-3, offload="offload" in variants),
             evaluation=EvaluationConfig(prompts="emoji_heldout", every=2, batch=4, kept=2),
             checkpoint=CheckpointConfig(every=1),
         )

@@ -53,7 +53,7 @@ def assert_same(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.mesh
-@pytest.mark.parametrize("variant", ["", ",lora", ",int8"])
+@pytest.mark.parametrize("variant", ["", ",lora", ",int8", ",offload"])
 def test_flux_with_sharded_parameters(tmp_path, variant):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
     config = f"tests/tiny_flux.py:{folder}{variant}"
