@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.pipelines.flux import FluxOptions
 from egrpo_jax.pipelines.flux.loading import published_shift, read_transformer_config
 from egrpo_jax.pipelines.flux.parts import check_parts
 from tests import tiny_flux
@@ -35,7 +36,7 @@ def edit(file, **keys):
 
 
 def check(folder, text=True):
-    sizes = read_transformer_config(folder / "transformer", None)
+    sizes = read_transformer_config(folder / "transformer", FluxOptions())
     check_parts(folder, sizes, tiny_flux.TEXT_TOKENS if text else None)
 
 

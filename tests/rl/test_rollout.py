@@ -12,7 +12,7 @@ from egrpo_jax.flow.solver import DpmSolver2M, Euler
 from egrpo_jax.rl.deal import deal_tails
 from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
-from egrpo_jax.rl.update import policy_log_prob
+from egrpo_jax.rl.update import score_samples
 from tests import toy
 
 PARAMS = toy.params()
@@ -55,7 +55,7 @@ def test_counted_model_calls_equal_the_plans_cost(config):
     counting.samples = 0
     for step in range(len(plan.branches)):
         transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
-        policy_log_prob(counting, plan.process, PARAMS, transitions, toy.conditioning(2))
+        score_samples(counting, plan.process, PARAMS, transitions, toy.conditioning(2))
     jax.effects_barrier()
     assert counting.samples == 2 * plan.training_passes
 
