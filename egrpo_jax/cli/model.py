@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(r"model\..*|learner\.ema_decay")
 _PLACES = re.compile(r"model\.(path|flux\.transformer)")
 """Those of them where a difference may be a folder that was moved."""
 _FREE = re.compile(
-    r"model\.flux\.(height|width|guidance|text_tokens|embeddings|lora_weights|int8_base|dtype|param_dtype|decode_\w+|remat|attention)"
+    r"model\.flux\.(height|width|guidance|text_tokens|embeddings|offload_encoders|lora_weights|int8_base|dtype|param_dtype|decode_\w+|remat|attention)"
 )
 """Those of them that say how the weights are used, or from where they started."""
 

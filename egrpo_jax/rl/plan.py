@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.common.plugins import load_attribute
 from egrpo_jax.common.ranges import Range, Shift, check
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merges_by_entropy, noise_by_entropy
@@ -248,8 +248,22 @@ def _process(config: PlanConfig) -> Process:
         return NoiseByStd(tuple(of_step.get(step, 1e-4) for step in range(config.num_steps)))
     if config.process in PROCESSES:
         return PROCESSES[config.process](config.noise_level)
-    own: Callable[[float], Process] = load_attribute(config.process, "config.plan.process")
-    return own(config.noise_level)
+    return _own_process(config)
+
+
+def _own_process(config: PlanConfig) -> Process:
+    """The process that the user's class makes. Raises UserError, whatever that does wrong."""
+    make: Callable[[float], Process] = load_attribute(config.process, "config.plan.process")
+    try:
+        process = make(config.noise_level)
+    except Exception as error:
+        raise UserError(
+            f"config.plan.process: {config.process!r} makes no process of a noise level: {error}"
+        ) from error
+    missing = [name for name in ("noise", "std", "kernel", "jacobian") if not callable(getattr(process, name, None))]
+    if missing:
+        raise UserError(f"config.plan.process: what {config.process!r} makes lacks the methods {', '.join(missing)}")
+    return process
 
 
 def _merges(config: PlanConfig, process: Process, times: Times) -> tuple[Merge, ...]:

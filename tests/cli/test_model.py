@@ -76,6 +76,7 @@ def test_how_weights_are_used_is_free(tmp_path, capsys):
         width=64,
         guidance=1.0,
         embeddings=None,
+        offload_encoders=True,
         decode_batch=8,
         remat="none",
         dtype="float32",

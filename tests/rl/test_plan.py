@@ -79,6 +79,24 @@ def test_a_process_of_ones_own():
         make_plan(PlanConfig(process="tests.rl.test_plan:Nothing"))
 
 
+def refuses(noise_level):
+    raise ValueError(f"no such noise: {noise_level}")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("refuses", "'tests.rl.test_plan:refuses' makes no process of a noise level: no such noise: 0.7"),
+        ("pytest", "makes no process of a noise level"),
+        ("str", "lacks the methods noise, std, kernel, jacobian"),
+    ],
+)
+def test_what_makes_no_process_is_one_line(name, line):
+    module = "builtins" if name == "str" else "tests.rl.test_plan"
+    with pytest.raises(UserError, match=line):
+        make_plan(PlanConfig(process=f"{module}:{name}"))
+
+
 @pytest.mark.parametrize("process", ["cps", "exact_sde"])
 def test_a_random_step_without_noise_is_refused(process):
     config = PlanConfig(process=process, entropy_threshold=None, active_steps=(14,), merges=(2,))
