@@ -54,9 +54,9 @@ from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.parallel.mesh import MeshConfig, compiled, make_mesh
 from egrpo_jax.pipelines.flux import FLOW_GRPO
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_tails
-from egrpo_jax.rl.plan import PlanConfig, make_plan
-from egrpo_jax.rl.rollout import prompt_keys
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.run.timing import peak_device_memory, peak_flops
 from egrpo_jax.training.config import TrainConfig
@@ -82,19 +82,19 @@ class Size:
     """A model, the plan of an iteration with it, the adapters, and the side of the matrix product to compare with."""
 
     shape: Shape
-    plan: PlanConfig
+    plan: EGrpo
     lora: LoraConfig = FLOW_GRPO
     matmul: int = 8192
 
 
-DEV = Size(Shape(FluxConfig(), (45, 45), 512), PlanConfig())
+DEV = Size(Shape(FluxConfig(), (45, 45), 512), EGrpo())
 MINIATURE = Size(
     Shape(
         FluxConfig(
             in_channels=16, num_double_blocks=1, num_single_blocks=2, num_heads=2, head_dim=16, text_dim=24,
             pooled_dim=20, axes_dims=(4, 6, 6),
         ), (4, 4), 5,
-    ), PlanConfig(num_steps=4, group_size=3), dataclasses.replace(FLOW_GRPO, rank=2), matmul=64,
+    ), EGrpo(num_steps=4, group_size=3), dataclasses.replace(FLOW_GRPO, rank=2), matmul=64,
 )  # fmt: skip
 
 
@@ -185,15 +185,18 @@ def lora(size: Size) -> list[Row]:
         job = short_job(size, size.lora, "bfloat16")
         phases, given = make_phases(job), jax.device_put(job.pipeline.encode(job.prompts))
         progress, frozen = first_progress(job, jax.sharding.get_mesh())
-        roll_out = lambda: jax.block_until_ready(phases.rollout(combine(state.params, frozen), given, keys()))
+        inputs = job.plan.schedule(), given, keys()
+        roll_out = lambda: jax.block_until_ready(phases.rollout(combine(state.params, frozen), *inputs))
         state = progress.state
         rows = [rollout_row("rollout, adapters", size, job, roll_out)]
         steps = roll_out().transitions
-        advantage = jnp.asarray(np.random.default_rng(0).standard_normal(steps.log_prob.shape, np.float32))
+        advantage = jnp.asarray(np.random.default_rng(0).standard_normal(steps[0].log_prob.shape, np.float32))
+
+        weights = np.ones(len(job.plan.branches), np.float32)
 
         def update() -> None:
             nonlocal state  # of which the update leaves nothing
-            state, _ = jax.block_until_ready(phases.update(state, frozen, steps, advantage, given))
+            state, _ = jax.block_until_ready(phases.update(state, frozen, steps, advantage, weights, given))
 
         count = job.plan.training_passes
         return [*rows, timed(f"update, adapters: {count} states", update, 3 * count * size.shape.flops)]
@@ -205,7 +208,7 @@ def full(size: Size) -> list[Row]:
         job = short_job(size, None, "float32")
         phases, given = make_phases(job), jax.device_put(job.pipeline.encode(job.prompts))
         params = job.pipeline.load(jax.sharding.get_mesh())
-        roll_out = lambda: jax.block_until_ready(phases.rollout(params, given, keys()))
+        roll_out = lambda: jax.block_until_ready(phases.rollout(params, job.plan.schedule(), given, keys()))
         return [rollout_row("rollout, all weights", size, job, roll_out)]
 
 
@@ -281,7 +284,7 @@ def whole_iteration(size: Size, rows: list[Row]) -> list[str]:
     names = ("forward, batch 1", f"forward, batch {size.plan.group_size}", "update, adapters")
     if not all(name in by_kind for name in names):
         return []
-    plan = make_plan(size.plan)
+    plan = size.plan.make_plan()
     anchor, tail, update = (by_kind[name] for name in names)
     rollout = plan.num_steps * anchor + len(deal_tails(plan, 1, 1).carried) * tail
     return [f"One prompt's iteration, computed from these: rollout {rollout:.4g} s, update of adapters {update:.3g} s."]

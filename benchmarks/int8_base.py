@@ -31,8 +31,8 @@ from egrpo_jax.pipelines import load_pipeline
 from egrpo_jax.pipelines.flux.loading import INT8
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rl.deal import deal_tails
-from egrpo_jax.rl.plan import make_plan
-from egrpo_jax.rl.rollout import anchor_noise, prompt_keys, roll_out
+from egrpo_jax.rl.rollout import roll_out
+from egrpo_jax.rl.transitions import initial_noise, prompt_keys
 from egrpo_jax.weights.assets import load_asset, read_flow
 
 FLAGS = flags.FlagValues()
@@ -40,7 +40,7 @@ PROMPTS = flags.DEFINE_integer("prompts", 64, "Held-out prompts.", flag_values=F
 
 FLOW = read_flow()
 PIPELINE = load_pipeline(EMOJI.model)
-PLAN = make_plan(EMOJI.plan)
+PLAN = EMOJI.plan.make_plan()
 TIMES = jnp.array(PLAN.times, jnp.float32)
 SHOWN = (0, 4, 6, 7)
 """Steps of the grid whose velocities are in the table."""
@@ -80,7 +80,7 @@ def inputs(prompts: list[str], params: Any) -> Inputs:
     """Those of `prompts`; the latents are of the anchors by `params` in float32."""
     text = jax.tree.map(jnp.asarray, PIPELINE.encode(prompts))
     keys = prompt_keys(jax.random.key(0), 0, len(prompts))
-    noise = anchor_noise(keys, PIPELINE.latents_shape)
+    noise = initial_noise(keys, PIPELINE.latents_shape)
     walk = lambda params: solve_path(velocity_in(jnp.float32), params, noise, TIMES, text)[1]
     return Inputs(text, keys, jax.jit(walk)(params))
 
@@ -91,7 +91,7 @@ def run(velocity: VelocityFn, params: Any, given: Inputs, score: Callable[..., n
 
     def compute(params: Any) -> tuple[Any, ...]:
         at = lambda step: velocity(params, step[0], jnp.broadcast_to(step[1], len(given.keys)), given.text)
-        anchors = solve(Euler(), velocity, params, anchor_noise(given.keys, shape), PLAN.times, given.text)
+        anchors = solve(Euler(), velocity, params, initial_noise(given.keys, shape), PLAN.times, given.text)
         ends = roll_out(velocity, params, PLAN, tails, given.text, given.keys, shape).latents
         images = (PIPELINE.decode(params, latents) for latents in (anchors, ends))
         return jax.lax.map(at, (given.path, TIMES[:-1])), *images

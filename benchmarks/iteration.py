@@ -32,8 +32,9 @@ from benchmarks.random_flux import SMALL, Shape, first_progress, random_pipeline
 from egrpo_jax import cli
 from egrpo_jax.common.trees import combine
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.rl.plan import PlanConfig, describe
-from egrpo_jax.rl.rollout import prompt_keys
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.plan import describe
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import run_iteration
@@ -51,7 +52,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 4, "Alternating measurements.", flag_val
 SHAPE = Shape(SMALL, (16, 16), 64)
 LOOPS = (("one at a time", 0, 2), ("in groups", 1, 3), ("one at a time, shared update", 0, 4))
 """Each with its rollout and its update, of `their_parts`."""
-CONFIG = TrainConfig(prompts_per_iteration=2, plan=PlanConfig(num_steps=8, group_size=4))
+CONFIG = TrainConfig(prompts_per_iteration=2, plan=EGrpo(num_steps=8, group_size=4))
 
 
 class Ours:
@@ -76,7 +77,7 @@ class Ours:
     def passes(self) -> tuple[int, int]:
         """Samples that the model is called on in the rollout, idle slots of tails included, and with gradients."""
         count, plan = self.job.config.prompts_per_iteration, self.job.plan
-        return count * plan.num_steps + self.phases.tails.carried.size, count * plan.training_passes
+        return count * plan.num_steps + self.phases.deal.carried.size, count * plan.training_passes
 
     def iterate(self) -> dict[str, float]:
         """One iteration; its numbers."""
@@ -95,10 +96,10 @@ def compare(ours: Ours, loop: TorchLoop) -> None:
 
     count, plan = ours.job.config.prompts_per_iteration, ours.job.plan
     conditioning = ours.job.pipeline.encode(ours.job.prompts)
-    rollout = ours.phases.rollout(ours.params, conditioning, prompt_keys(jax.random.key(1), 0, count))
-    steps = jax.tree.map(np.array, rollout.transitions)
+    rollout = ours.phases.rollout(ours.params, plan.schedule(), conditioning, prompt_keys(jax.random.key(1), 0, count))
+    steps = jax.tree.map(np.array, rollout.transitions[0])
     ends = np.empty_like(steps.next_latents)
-    ends.reshape(-1, *ends.shape[-2:])[ours.phases.tails.sample] = rollout.latents
+    ends.reshape(-1, *ends.shape[-2:])[ours.phases.deal.sample] = rollout.latents
     samples = Samples(*map(torch.from_numpy, (steps.latents, steps.next_latents, ends, steps.log_prob)))
 
     states, times = steps.latents[:1, 0], steps.time[:1, 0]
@@ -109,8 +110,9 @@ def compare(ours: Ours, loop: TorchLoop) -> None:
 
     advantage = np.random.default_rng(0).standard_normal(steps.log_prob.shape, np.float32)
     norms = [loop.gradient(samples, torch.from_numpy(advantage), *how) for how in updates(plan.group_size)]
+    weights = np.ones(len(plan.branches), np.float32)
     state, stats = ours.phases.update(
-        ours.progress.state, ours.frozen, rollout.transitions, advantage, conditioning
+        ours.progress.state, ours.frozen, rollout.transitions, advantage, weights, conditioning
     )  # which leaves nothing of the state that it was given
     ours.progress = ours.progress._replace(state=state)
     check_near("norms of the gradient", np.repeat(stats.grad_norm, len(norms)), norms)

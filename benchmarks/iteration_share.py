@@ -18,7 +18,7 @@ from absl import flags
 from egrpo_jax import cli
 from egrpo_jax.models import blip, clip, flux, vae
 from egrpo_jax.rewards.imagereward import TEXT_TOKENS as WORDS
-from egrpo_jax.rl.plan import PlanConfig, make_plan
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.run.metrics import read_metrics
 
 FLAGS = flags.FlagValues()
@@ -33,7 +33,7 @@ PHASES = ("rollout", "decode", "reward", "update")
 
 def analytic() -> dict[str, float]:
     """Operations of each phase, for one prompt, at the paper's setting."""
-    plan = make_plan(PlanConfig())
+    plan = EGrpo().make_plan()
     velocity = flux.forward_flops(flux.FluxConfig(), (PIXELS.value // 16) ** 2, TEXT_TOKENS.value)
     side = PIXELS.value // vae.VaeConfig().stride
     scores = clip.image_flops(clip.ClipConfig()) + blip.forward_flops(blip.BlipConfig(), WORDS)

@@ -21,7 +21,6 @@ from egrpo_jax.pipelines.flux.loading import transformer_shapes
 from egrpo_jax.pipelines.flux.rules import FLUX_RULES
 from egrpo_jax.rewards import CheckedReward
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import make_plan
 from egrpo_jax.rl.update import init_state
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 from egrpo_jax.training.job import Job
@@ -148,7 +147,7 @@ def training_job(pipeline: Pipeline, config: TrainConfig) -> Job:
     prompts = [f"prompt {index}" for index in range(config.prompts_per_iteration)]
     reward = CheckedReward(REWARD, lambda images, _: images.mean((1, 2, 3)))
     optimizer = make_optimizer(config.optim)
-    return Job(config, make_plan(config.plan), pipeline, {REWARD: reward}, prompts, [], optimizer)
+    return Job(config, config.plan.make_plan(), pipeline, {REWARD: reward}, prompts, [], optimizer)
 
 
 def first_progress(job: Job, mesh: Mesh) -> tuple[Progress, Any]:

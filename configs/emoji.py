@@ -8,8 +8,8 @@ Hardware: 2 CPU cores are enough, and then a run takes 5 to 6 minutes. What to e
 
 import dataclasses
 
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
@@ -22,7 +22,7 @@ EMOJI = TrainConfig(
     prompts_per_iteration=16,
     rewards=RewardsConfig(train=("emoji",), heldout=JUDGES),
     # Tails on every second step: half the cost, and the samples of a group compare alike.
-    plan=PlanConfig(num_steps=8, group_size=8, tail_strides=(2,)),
+    plan=EGrpo(num_steps=8, group_size=8, tail_strides=(2,)),
     learner=LearnerConfig(updates="per_active_step", ema_decay=0.9),
     # At twice this rate the noise of the updates undoes within 50 iterations what they gain.
     optim=OptimConfig(learning_rate=5e-5, b2=0.99),

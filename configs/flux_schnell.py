@@ -13,8 +13,8 @@ import ml_collections
 
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
@@ -30,7 +30,7 @@ FLUX_SCHNELL = TrainConfig(
         flux=FluxOptions(height=512, width=512, text_tokens=256, lora=FLOW_GRPO),
     ),
     rewards=RewardsConfig(train=("hpsv2.1",), heldout=("clip_score", "pickscore")),
-    plan=PlanConfig(num_steps=8, tail_strides=(2,)),
+    plan=EGrpo(num_steps=8, tail_strides=(2,)),
     learner=LearnerConfig(updates="per_active_step", micro_batch=1),
     optim=OptimConfig(learning_rate=3e-4),
     evaluation=EvaluationConfig(prompts="hpd_test.txt", every=50, batch=8),

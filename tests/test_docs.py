@@ -17,7 +17,8 @@ from docs import make_config
 from egrpo_jax.cli.overrides import read_none
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.pretrain import PROGRAMS as JOBS
-from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.plan import describe
 from egrpo_jax.training.config import TrainConfig
 from tests import programs
 from tests.test_imports import PACKAGE, ROOMS
@@ -133,7 +134,7 @@ def test_extras_are_those_that_can_be_installed():
 
 
 def test_the_readmes_plan_is_the_papers():
-    lines = describe(make_plan(PlanConfig())).splitlines()
+    lines = describe(EGrpo().make_plan()).splitlines()
     for line in (*lines[:4], lines[-1]):
         assert line in README
 

@@ -15,8 +15,8 @@ from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
 from egrpo_jax.pipelines.flux.loading import decoder_shapes, transformer_shapes
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 from egrpo_jax.weights.layout import published_shapes
@@ -94,7 +94,7 @@ def get_config(folder):
                 ),
             ),
             rewards=RewardsConfig(train=("tests.toy:brightness",)),
-            plan=PlanConfig(num_steps=4, group_size=3),
+            plan=EGrpo(num_steps=4, group_size=3),
             learner=LearnerConfig(micro_batch=1, updates="per_active_step" if still else "joint"),
             # A large epsilon: AdamW would else blow gradients that are rounding errors up to whole steps.
             optim=OptimConfig(learning_rate=1e-12 if still else 1e-2, eps=1e-3, offload="offload" in variants),

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.pipelines import Pipeline
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
@@ -130,7 +130,7 @@ def get_config(variant=""):
             num_iterations=12,
             prompts_per_iteration=8,
             rewards=RewardsConfig(train=(f"tests.toy:{reward}",), heldout=("tests.toy:brightness",)),
-            plan=PlanConfig(num_steps=4, group_size=4),
+            plan=EGrpo(num_steps=4, group_size=4),
             learner=LearnerConfig(updates="per_active_step", clip_range=1e-2, ema_decay=0.9),
             optim=OptimConfig(learning_rate=3e-3),
             evaluation=EvaluationConfig(every=4, batch=16, kept=4),

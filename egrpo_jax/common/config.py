@@ -3,6 +3,7 @@
 Every program states its configuration as a tree of frozen dataclasses. A config file's `get_config(arg)` returns
 `to_config_dict(...)` of it, so that every key exists and can be overridden on the command line;
 `from_config_dict` turns the result back, and names the first key that is unknown, of a wrong type or out of range.
+A dataclass with a method `variant` stands for several: it is asked which of them a section is.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def _convert_plain(hint: Any, value: Any, key: str) -> Any:
             return value
     elif isinstance(value, Mapping):
         if isinstance(origin, type) and dataclasses.is_dataclass(origin):
-            return from_config_dict(origin, value, prefix=f"{key}.")
+            with under(f"{key}."):
+                chosen = origin.variant(value) if hasattr(origin, "variant") else origin
+            return from_config_dict(chosen, value, prefix=f"{key}.")
         if origin is dict:
             return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
     elif origin is tuple and isinstance(value, tuple | list):

@@ -17,7 +17,7 @@ from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import compiled, over_samples, sample_devices, spread
 from egrpo_jax.pipelines import Pipeline
-from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
+from egrpo_jax.rl.transitions import initial_noise, prompt_keys
 
 
 class Sampler:
@@ -30,7 +30,7 @@ class Sampler:
         layout = Layout.of(pipeline.abstract(jax.sharding.get_mesh()), pipeline.dtype)
 
         def sample(params: Any, keys: jax.Array, conditioning: Any) -> jax.Array:
-            noise, boxed = anchor_noise(keys, pipeline.latents_shape), layout.boxed(params)
+            noise, boxed = initial_noise(keys, pipeline.latents_shape), layout.boxed(params)
             latents = solve(SOLVERS[solver](len(times) - 1), pipeline.velocity, boxed, noise, times, conditioning)
             return pipeline.decode(boxed, latents)
 

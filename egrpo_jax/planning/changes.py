@@ -14,8 +14,9 @@ from egrpo_jax.parallel.mesh import make_mesh, sample_devices
 from egrpo_jax.pipelines import lighter_options
 from egrpo_jax.planning.cost import PhaseCost, kept_beside, phase_cost
 from egrpo_jax.planning.devices import larger, slice_devices
-from egrpo_jax.planning.phases import named_arguments, rollout_prompts, sketch_job
+from egrpo_jax.planning.phases import named_arguments, sketch_job
 from egrpo_jax.rl.deal import default_slots
+from egrpo_jax.rl.plan import AnchorPlan
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 
@@ -85,9 +86,9 @@ def _general(job: Job, mesh: Mesh, phase: str) -> Iterator[dict[str, Any]]:
     """Keys and values that any model has."""
     if phase == "update":
         yield {"learner.micro_batch": 1}
-    if phase == "rollout":
+    if phase == "rollout" and isinstance(job.plan, AnchorPlan):
         slots = job.config.tails_per_device
-        slots = slots or default_slots(job.plan, rollout_prompts(job.config), sample_devices(mesh))
+        slots = slots or default_slots(job.plan, job.rollouts_at_once, sample_devices(mesh))
         yield {"tails_per_device": max(1, slots // 2)}
     if "scorers" in kept_beside(job, mesh, phase):
         yield {"scorers.offload": True}

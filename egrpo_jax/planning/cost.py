@@ -14,7 +14,6 @@ from egrpo_jax.planning.phases import (
     abstract_transitions,
     bytes_on_device,
     compile_phase,
-    rollout_prompts,
 )
 from egrpo_jax.rewards.sizes import scorer_params
 from egrpo_jax.training.config import TrainConfig
@@ -26,15 +25,15 @@ class Passes(NamedTuple):
     """Passes of the model in an iteration, over all devices, without those that devices repeat, and their operations.
 
     Attributes:
-      anchor, tails: forward passes.
+      shared, own: forward passes of a rollout before its samples go their own ways, and after.
       training: forward and backward passes.
       scoring: forward passes for the old log-probabilities of several updates.
       images: decoded.
       forward_flops, training_flops, decode_flops: operations of one of each, see `Pipeline`; None if unknown.
     """
 
-    anchor: int
-    tails: int
+    shared: int
+    own: int
     training: int
     scoring: int
     images: int
@@ -49,7 +48,7 @@ class Passes(NamedTuple):
         if self.forward_flops is None or self.training_flops is None:
             return None
         if phase == "rollout":
-            return (self.anchor + self.tails) * self.forward_flops
+            return (self.shared + self.own) * self.forward_flops
         return self.training * self.training_flops + self.scoring * self.forward_flops
 
 
@@ -58,11 +57,11 @@ def count_passes(job: Job) -> Passes:
     plan, prompts, learner = job.plan, job.config.prompts_per_iteration, job.config.learner
     states = prompts * plan.training_passes
     return Passes(
-        anchor=prompts * plan.num_steps,
-        tails=prompts * (plan.rollout_passes - plan.num_steps),
+        shared=job.rollouts * plan.shared_passes,
+        own=job.rollouts * plan.own_passes,
         training=states * learner.epochs,
         scoring=states * learner.is_scored(len(plan.branches)),
-        images=prompts * plan.decodes,
+        images=job.rollouts * plan.decodes,
         forward_flops=job.pipeline.forward_flops,
         training_flops=job.pipeline.training_flops,
         decode_flops=job.pipeline.decode_flops,
@@ -121,7 +120,7 @@ class PhaseCost:
 def phase_cost(job: Job, mesh: Mesh, phase: str) -> PhaseCost:
     """The cost of a phase of `job`, compiled for `mesh`, which is set."""
     compiled = compile_phase(job, mesh, phase)
-    calls = 1 if phase == "update" else job.config.prompts_per_iteration // rollout_prompts(job.config)
+    calls = 1 if phase == "update" else job.rollouts // job.rollouts_at_once
     total = count_passes(job).flops(phase)
     return PhaseCost(
         compiled=compiled,
@@ -148,7 +147,7 @@ def kept_beside(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
     if phase != "update":
         state = abstract_state(job, mesh)
         steps = bytes_on_device(abstract_transitions(job, mesh))
-        rollouts = job.config.prompts_per_iteration // rollout_prompts(job.config)
+        rollouts = job.rollouts // job.rollouts_at_once
         # Those of the rollout at hand are its output; while it is decoded they are kept.
         kept = steps if phase == "decode" else steps * (rollouts - 1) / rollouts
         parts |= {"moments": bytes_on_device(state.opt_state), "average": bytes_on_device(state.ema), "steps": kept}

@@ -17,10 +17,9 @@ from egrpo_jax.common.trees import partition
 from egrpo_jax.parallel.mesh import REPLICATED, over_samples, sample_devices
 from egrpo_jax.pipelines import sketch_pipeline
 from egrpo_jax.planning import hlo
-from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import make_plan
-from egrpo_jax.rl.rollout import Transitions
+from egrpo_jax.rl.plan import Block, Deal
+from egrpo_jax.rl.transitions import Transitions
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.phases import make_phases
@@ -84,18 +83,13 @@ def sketch_job(config: TrainConfig) -> Job:
       UserError: the config is wrong.
     """
     pipeline = sketch_pipeline(config.model)
-    return Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim))
-
-
-def rollout_prompts(config: TrainConfig) -> int:
-    """Prompts of one call of rollout and decode."""
-    return config.prompts_per_rollout or config.prompts_per_iteration
+    return Job(config, config.plan.make_plan(0, config.seed), pipeline, {}, [], [], make_optimizer(config.optim))
 
 
 def compile_phase(job: Job, mesh: Mesh, phase: str) -> Compiled:
     """Compiles a phase as `train` does, from shapes alone; under `mesh`, which is set."""
     phases = make_phases(job)
-    arguments, named = _arguments(job, phases.tails, mesh, phase), named_arguments(job, mesh, phase)
+    arguments, named = _arguments(job, phases.deal, mesh, phase), named_arguments(job, mesh, phase)
     start = time.perf_counter()
     try:
         compiled = getattr(phases, phase).lower(*arguments).compile()
@@ -121,27 +115,34 @@ def refused_bytes(error: jax.errors.JaxRuntimeError) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _arguments(job: Job, tails: Tails, mesh: Mesh, phase: str) -> tuple[Any, ...]:
+def _arguments(job: Job, deal: Deal, mesh: Mesh, phase: str) -> tuple[Any, ...]:
     """What the phase is called with, as shapes that lie where they would."""
     params = job.pipeline.abstract(mesh)
-    prompts = rollout_prompts(job.config)
+    count = job.rollouts_at_once
     if phase == "rollout":
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
-        return params, _conditioning(job, mesh, prompts), _array(mesh, keys.shape, keys.dtype)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+        return params, job.plan.schedule(), _conditioning(job, mesh, count), _array(mesh, keys.shape, keys.dtype)
     if phase == "decode":
-        return params, _array(mesh, (len(tails.sample), *job.pipeline.latents_shape))
-    prompts = job.config.prompts_per_iteration
-    frozen = partition(params, job.pipeline.trainable)[1]
-    steps = abstract_transitions(job, mesh)
-    return abstract_state(job, mesh), frozen, steps, steps.log_prob, _conditioning(job, mesh, prompts)
+        return params, _array(mesh, (len(deal.sample), *job.pipeline.latents_shape))
+    frozen, plan = partition(params, job.pipeline.trainable)[1], job.plan
+    advantage = _array(mesh, (job.rollouts, len(plan.branches), plan.group_size))
+    weights = jax.ShapeDtypeStruct((len(plan.branches),), jnp.float32)
+    inputs = abstract_transitions(job, mesh), advantage, weights, _conditioning(job, mesh, job.rollouts)
+    return abstract_state(job, mesh), frozen, *inputs
 
 
-def abstract_transitions(job: Job, mesh: Mesh) -> Transitions:
+def abstract_transitions(job: Job, mesh: Mesh) -> tuple[Transitions, ...]:
     """The random steps of an iteration."""
-    states = (job.config.prompts_per_iteration, len(job.plan.branches))
-    samples, shape = (*states, job.plan.group_size), job.pipeline.latents_shape
-    axes = ((*states, *shape), (*samples, *shape), states, states, states, samples)
-    return Transitions(*(_array(mesh, each) for each in axes))
+    return tuple(_abstract_block(job, mesh, block) for block in job.plan.blocks)
+
+
+def _abstract_block(job: Job, mesh: Mesh, block: Block) -> Transitions:
+    states, shape = (job.rollouts, block.states), job.pipeline.latents_shape
+    samples = (*states, block.samples)
+    numbers = ((*states, *shape), (*samples, *shape), states, states, states, samples)
+    return Transitions(
+        *(_array(mesh, each) for each in numbers), *(_array(mesh, x, jnp.int32) for x in (states, samples))
+    )
 
 
 def _conditioning(job: Job, mesh: Mesh, prompts: int) -> Any:
@@ -156,7 +157,7 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.
 
 def named_arguments(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
     """Bytes of one device that the arguments of a phase take, by what they are."""
-    arguments = _arguments(job, make_phases(job).tails, mesh, phase)
+    arguments = _arguments(job, make_phases(job).deal, mesh, phase)
     if phase != "update":
         return {"weights": bytes_on_device(arguments[0]), "inputs": bytes_on_device(arguments[1:])}
     state, frozen, *inputs = arguments

@@ -12,8 +12,7 @@ from egrpo_jax.parallel.mesh import sample_devices
 from egrpo_jax.planning.changes import Trial
 from egrpo_jax.planning.cost import PhaseCost, count_passes, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity
-from egrpo_jax.planning.phases import rollout_prompts
-from egrpo_jax.rl.deal import deal_tails
+from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.plan import describe
 from egrpo_jax.run.timing import peak_flops
 from egrpo_jax.training.job import Job
@@ -32,14 +31,17 @@ def _work(job: Job) -> list[str]:
     count = count_passes(job)
     forward, training = count.forward_flops, count.training_flops
     rows = [
-        ("anchors", count.anchor, "forward", forward),
-        ("tails", count.tails, "forward", forward),
+        ("shared by samples", count.shared, "forward", forward),
+        ("of each sample", count.own, "forward", forward),
         ("decoding", count.images, "images", count.decode_flops),
         ("old log-probabilities", count.scoring, "forward", forward),
         ("update", count.training, "forward and backward, with what is computed again", training),
     ]
     prompts = job.config.prompts_per_iteration
-    lines = [f"an iteration: {prompts} prompts, {prompts * job.plan.decodes} images", f"{'':24s}passes       PFLOP"]
+    lines = [
+        f"an iteration: {prompts} prompts, {job.rollouts * job.plan.decodes} images",
+        f"{'':24s}passes       PFLOP",
+    ]
     for name, passes, kind, flops in rows:
         if passes:
             shown = "unknown" if flops is None else f"{passes * flops / 1e15:.4g}"
@@ -52,12 +54,12 @@ def _devices(job: Job, mesh: Mesh) -> list[str]:
     limit = capacity(device)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     usable = "memory unknown" if limit is None else f"{limit / GIB:.2f} GiB usable on each"
-    tails = deal_tails(job.plan, rollout_prompts(job.config), sample_devices(mesh), job.config.tails_per_device)
-    passes, slots = len(tails.time), tails.time.shape[1] // sample_devices(mesh)
-    return [
-        f"{mesh.size} devices, {device.device_kind}: {axes}; {usable}",
-        f"tails: {passes} passes of {slots} on each, {100 * tails.busy:.1f} % of these carry one",
-    ]
+    lines = [f"{mesh.size} devices, {device.device_kind}: {axes}; {usable}"]
+    deal = job.plan.deal(job.rollouts_at_once, sample_devices(mesh), job.config.tails_per_device)
+    if isinstance(deal, Tails):
+        passes, slots = len(deal.time), deal.time.shape[1] // sample_devices(mesh)
+        lines.append(f"tails: {passes} passes of {slots} on each, {100 * deal.busy:.1f} % of these carry one")
+    return lines
 
 
 def _seconds(job: Job, mesh: Mesh, mfu: float) -> str:

@@ -1,22 +1,29 @@
-"""E-GRPO: the plan of an iteration, its rollout, advantages, the loss and the update."""
+"""Algorithms and their plans, rollouts, advantages, the loss and the update."""
 
 from egrpo_jax.rl.advantage import credit, group_advantage
+from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss, kl_masked_loss
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
-from egrpo_jax.rl.plan import Branch, Plan, PlanConfig, describe, make_plan
-from egrpo_jax.rl.rollout import Rollout, Transitions, prompt_keys, roll_out
+from egrpo_jax.rl.plan import AnchorPlan, Branch, Plan, describe
+from egrpo_jax.rl.rollout import roll_out
+from egrpo_jax.rl.transitions import Rollout, Transitions, prompt_keys
+from egrpo_jax.rl.tree import TreePlan
 from egrpo_jax.rl.update import LearnerConfig, TrainState, UpdateStats, init_state, score_samples, update_policy
 
 __all__ = [
+    "Algorithm",
+    "AnchorPlan",
     "Branch",
+    "EGrpo",
     "LearnerConfig",
     "LossStats",
     "OptimConfig",
     "Plan",
-    "PlanConfig",
     "Rollout",
     "TrainState",
     "Transitions",
+    "TreePlan",
     "UpdateStats",
     "clipped_ratio_loss",
     "credit",
@@ -25,7 +32,6 @@ __all__ = [
     "init_state",
     "kl_masked_loss",
     "make_optimizer",
-    "make_plan",
     "prompt_keys",
     "roll_out",
     "score_samples",

@@ -104,6 +104,12 @@ def complete_groups(came: chex.Array) -> chex.Array:
     return came.all((2, 3))
 
 
+def over_parts(values: chex.Array, parts: int) -> chex.Array:
+    """The means `[..., parts]` of equal parts of `[..., G]`; of what is true or false, if all of a part is true."""
+    apart = values.reshape(*values.shape[:-1], parts, -1)
+    return apart.all(-1) if values.dtype == bool else apart.mean(-1)
+
+
 def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:
     return jnp.asarray(sum(weight * values[name] for name, weight in weights.items()))
 

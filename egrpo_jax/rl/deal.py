@@ -13,11 +13,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from egrpo_jax.rl.plan import Plan
+if TYPE_CHECKING:  # a plan deals its own work
+    from egrpo_jax.rl.plan import AnchorPlan
 
 
 class Tails(NamedTuple):
@@ -42,18 +43,22 @@ class Tails(NamedTuple):
         """The share of slots that carry a tail, over all passes."""
         return float((self.time != self.next_time).mean())
 
+    def worker_axes(self) -> Tails:
+        """For each array the axis of which a worker has its part."""
+        return Tails._make((0, 1, 1, 1, 1, 0))
+
 
 class States(NamedTuple):
     """The trained states of D workers in U updates of M micro-batches of B each: `[U, D M, B]`.
 
     Attributes:
       prompt: of the worker's own P'.
-      active: the active step, of E.
+      state: of the prompt's.
       weight: sums to 1 over an update; 0 for a state that only fills up.
     """
 
     prompt: np.ndarray
-    active: np.ndarray
+    state: np.ndarray
     weight: np.ndarray
 
 
@@ -68,13 +73,13 @@ def first_rows(num_prompts: int, workers: int) -> np.ndarray:
     return np.unique(deal_prompts(num_prompts, workers), return_index=True)[1]
 
 
-def default_slots(plan: Plan, num_prompts: int, workers: int) -> int:
+def default_slots(plan: AnchorPlan, num_prompts: int, workers: int) -> int:
     """As many slots of a worker as carry a group of each of its prompts."""
     _, members, each = _teams(num_prompts, workers)
     return math.ceil(each * plan.group_size / members)
 
 
-def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = None) -> Tails:
+def deal_tails(plan: AnchorPlan, num_prompts: int, workers: int, slots: int | None = None) -> Tails:
     """The tails of `plan` on `slots` slots of each worker, by default `default_slots`: the longest first."""
     teams, members, each = _teams(num_prompts, workers)
     slots = slots or default_slots(plan, num_prompts, workers)
@@ -97,15 +102,15 @@ def deal_tails(plan: Plan, num_prompts: int, workers: int, slots: int | None = N
 
 
 def deal_states(
-    num_prompts: int, num_active: int, workers: int, updates: int = 1, micro_batch: int | None = None
+    num_prompts: int, num_states: int, workers: int, updates: int = 1, micro_batch: int | None = None
 ) -> States:
-    """The trained states of all P prompts and E active steps in `updates` equal parts, step after step.
+    """The trained states of all P prompts, so many of each, in `updates` equal parts, state after state.
 
     A worker's states of an update come in micro-batches of `micro_batch`, by default all at once; states of weight 0
     fill up what is not whole.
     """
     teams, members, each = _teams(num_prompts, workers)
-    states = np.stack(np.meshgrid(np.arange(num_active), np.arange(each), indexing="ij"), -1).reshape(updates, -1, 2)
+    states = np.stack(np.meshgrid(np.arange(num_states), np.arange(each), indexing="ij"), -1).reshape(updates, -1, 2)
     on_each = math.ceil(states.shape[1] / members)
     batch = min(micro_batch or on_each, on_each)
     padded = math.ceil(on_each / batch) * batch * members
@@ -127,7 +132,7 @@ def _teams(num_prompts: int, workers: int) -> tuple[int, int, int]:
     return teams, workers // teams, num_prompts // teams
 
 
-def _path(plan: Plan, shape: tuple[int, ...], tail: int) -> list[tuple[float, float, float]]:
+def _path(plan: AnchorPlan, shape: tuple[int, ...], tail: int) -> list[tuple[float, float, float]]:
     """The steps of a tail, of `shape` (P', E, R, G) made flat: from one time to the next, and the solver's weight."""
     _, active, which, _ = np.unravel_index(tail, shape)
     solver = plan.tail_solvers[which]
@@ -147,7 +152,7 @@ def _queues(lengths: np.ndarray, slots: int) -> list[list[int]]:
 
 
 def _walk(
-    plan: Plan, shape: tuple[int, ...], queues: list[list[int]], share: list[int], most: int, passes: int
+    plan: AnchorPlan, shape: tuple[int, ...], queues: list[list[int]], share: list[int], most: int, passes: int
 ) -> tuple[np.ndarray, ...]:
     """`carried`, `time`, `next_time` and `weight`, `[L, S]`, of one worker, whose tails are `share`."""
     carried = np.full((passes, len(queues)), most, np.int32)

@@ -21,7 +21,7 @@ from egrpo_jax.rl.apply import apply_gradient
 from egrpo_jax.rl.deal import States
 from egrpo_jax.rl.loss import LossStats, clipped_ratio_loss, kl_masked_loss, total_loss
 from egrpo_jax.rl.plan import StepWeights
-from egrpo_jax.rl.rollout import Transitions, group_kernel
+from egrpo_jax.rl.transitions import Transitions, group_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Batch(NamedTuple):
 
     Attributes:
       prompt: the row of the conditioning that a state belongs to.
-      weight: of each state; sums to 1 over all workers' states of an update.
+      weight: of each state; sums to 1 over all workers' states of an update, of all its batches.
       step_weight: the factor of its loss.
       transitions, advantage: of G samples of each state.
       old: of these, at the parameters that sampled; None where an update is at just these.
@@ -144,10 +144,12 @@ class StepStats(NamedTuple):
     rollout_deviation: chex.Array
 
 
+Batches = tuple[Batch, ...]
+"""Of each block of transitions a batch."""
 Scorer = Callable[[Any, Batch], Scored]
 """`(params, batch [M, B]) -> of its samples [M, B, G]`, with a kernel where the loss needs it."""
-Gradient = Callable[[Any, Batch], tuple[Any, StepStats]]
-"""`(params, batch [M, B]) -> (gradient of the loss, float32, its statistics)`, over all workers."""
+Gradient = Callable[[Any, Batches], tuple[Any, StepStats]]
+"""`(params, batches [M, B]) -> (gradient of the loss, float32, its statistics)`, over all workers."""
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: LearnerConfig) -> TrainState:
@@ -173,16 +175,21 @@ def score_samples(
     return Scored(log_prob(kernel, transitions.next_latents), kernel)
 
 
-def take_batches(
+def take_batch(
     transitions: Transitions, advantage: chex.Array, step_weights: chex.Array | np.ndarray, states: States
 ) -> Batch:
-    """The trained `states [U, M, B]` of a worker's transitions `[P, E, ...]` and advantages `[P, E, G]`.
+    """The trained `states [U, M, B]` of a worker's transitions, one block of them, and their advantages.
 
-    `step_weights` are those of the E active steps, see `Plan.step_weights`.
+    Args:
+      transitions: `[P, M, S]`.
+      advantage: of each random step and sample, `[P, K, G]`, see `Plan.credit`.
+      step_weights: `[K]`, see `Plan.step_weights`.
+      states: which of them, of `deal_states`.
     """
-    rows = lambda x: x[states.prompt, states.active]
-    of_steps = jnp.asarray(step_weights, jnp.float32)[states.active]
-    return Batch(states.prompt, states.weight, of_steps, jax.tree.map(rows, transitions), rows(advantage))
+    taken = jax.tree.map(lambda x: x[states.prompt, states.state], transitions)
+    of_samples = advantage[states.prompt[..., None], taken.step[..., None], taken.sample]
+    of_steps = jnp.asarray(step_weights, jnp.float32)[taken.step]
+    return Batch(states.prompt, states.weight, of_steps, taken, of_samples)
 
 
 def score_batch(
@@ -194,7 +201,7 @@ def score_batch(
       velocity_fn, params: the model.
       process: the kernel that the samples were drawn from.
       conditioning: pytree with leading axis P.
-      batch: see `take_batches`.
+      batch: see `take_batch`.
     """
 
     def score(micro: Batch) -> Scored:
@@ -205,7 +212,7 @@ def score_batch(
 
 
 def policy_gradient(
-    velocity_fn: VelocityFn, process: Process, config: LearnerConfig, params: Any, conditioning: Any, batch: Batch
+    velocity_fn: VelocityFn, process: Process, config: LearnerConfig, params: Any, conditioning: Any, batches: Batches
 ) -> tuple[Any, StepStats]:
     """The gradient of the loss of a worker's states `[M, B]` and its statistics, summed over micro-batches.
 
@@ -213,7 +220,7 @@ def policy_gradient(
       velocity_fn, params: the model.
       process: the kernel that the samples were drawn from.
       conditioning: pytree with leading axis P.
-      batch: see `take_batches`. Without those at old parameters the ratio is 1 by construction.
+      batches: see `take_batch`. Without those at old parameters the ratio is 1 by construction.
 
     Returns:
       The gradient, in float32, and statistics.
@@ -237,7 +244,8 @@ def policy_gradient(
         pullback.with_refs(total)(jnp.ones_like(value))
         return None, stats
 
-    _, stats = jax.lax.scan(add, None, batch)
+    parts = [jax.lax.scan(add, None, batch)[1] for batch in batches]
+    stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
     return jax.tree.map(jax.freeze, total), add_stats(stats)
 
 
@@ -295,13 +303,13 @@ def update_policy(
     optimizer: optax.GradientTransformation,
     config: LearnerConfig,
     state: TrainState,
-    batches: Batch,
+    batches: Batches,
 ) -> tuple[TrainState, UpdateStats]:
     """One iteration's optimizer updates: those of `batches` in order, in each of `config.epochs`.
 
     Before the first of several, one forward pass of each state takes the old log-densities, and the old means where
-    the loss needs them. Compile this without excess
-    precision (`parallel.mesh.EXACT`): only then do passes of equal shapes round equally.
+    the loss needs them. Compile this without excess precision (`parallel.mesh.EXACT`): only then do passes of equal
+    shapes round equally.
 
     Args:
       score, gradient: of all workers together; a single one has `score_batch` and `policy_gradient`.
@@ -309,28 +317,29 @@ def update_policy(
       state: parameters, optimizer state and average.
       batches: the trained states of all workers, `[U, M, B]`.
     """
-    if config.epochs * len(batches.weight) > 1:
+    updates = len(batches[0].weight)
+    if config.epochs * updates > 1:
         with jax.named_scope("old_log_probabilities"):
-            old = jax.lax.map(lambda batch: score(state.params, batch), batches)
-        batches = batches._replace(old=old)
+            of_all = lambda batch: jax.lax.map(lambda batch: score(state.params, batch), batch)
+            batches = tuple(batch._replace(old=of_all(batch)) for batch in batches)
 
     def update(state: TrainState, index: chex.Array) -> tuple[TrainState, UpdateStats]:
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
-        return _optimizer_step(optimizer, gradient, state, batch)
+        current = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
+        return _optimizer_step(optimizer, gradient, state, current)
 
-    new, stats = jax.lax.scan(update, state, jnp.tile(jnp.arange(len(batches.weight)), config.epochs))
+    new, stats = jax.lax.scan(update, state, jnp.tile(jnp.arange(updates), config.epochs))
     if config.ema_decay is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1 - config.ema_decay))
     return new, stats
 
 
 def _optimizer_step(
-    optimizer: optax.GradientTransformation, gradient: Gradient, state: TrainState, batch: Batch
+    optimizer: optax.GradientTransformation, gradient: Gradient, state: TrainState, batches: Batches
 ) -> tuple[TrainState, UpdateStats]:
-    """One update by `batch [M, B]`; not applied where it would leave a nan or infinity."""
+    """One update by `batches [M, B]`; not applied where it would leave a nan or infinity."""
     params, opt_state, ema, skipped = state
     with jax.named_scope("gradient"):
-        grads, stats = gradient(params, batch)
+        grads, stats = gradient(params, batches)
     norm = optax.tree.norm(grads)
     params, opt_state, sound, update_norm = apply_gradient(optimizer, stats.loss.loss, norm, grads, opt_state, params)
     skipped = Skipped(jnp.where(sound, 0, skipped.in_a_row + 1), skipped.in_all + ~sound)

@@ -15,8 +15,9 @@ from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
 from egrpo_jax.rl.advantage import Combination, Over
+from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.plan import PlanConfig
 from egrpo_jax.rl.update import LearnerConfig
 
 
@@ -137,7 +138,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     scorers: ScorersConfig = field(default_factory=ScorersConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    plan: Algorithm = field(default_factory=EGrpo)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

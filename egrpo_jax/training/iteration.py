@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,9 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards import Pending, RewardError, Scores
-from egrpo_jax.rl.advantage import complete_groups, credit
-from egrpo_jax.rl.deal import Tails
-from egrpo_jax.rl.rollout import Transitions, prompt_keys
+from egrpo_jax.rl.advantage import complete_groups
+from egrpo_jax.rl.plan import Deal
+from egrpo_jax.rl.transitions import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import RewardsConfig
 from egrpo_jax.training.job import Job
@@ -39,14 +38,14 @@ class Samples(NamedTuple):
     """The samples of an iteration and their scores.
 
     Attributes:
-      transitions: `[P, E, ...]`.
+      transitions: of each block, `[P, M, S]`, P being rollouts.
       scores: of each training reward, `[P, E, R, G]`.
       heldout: the mean of each held-out reward over one sample of every group: it shows hacking early, and costs
         little.
       finite: `[P, E, R, G]`, whether an image is without nan and infinity; one that is not has no score.
     """
 
-    transitions: Transitions
+    transitions: tuple[Transitions, ...]
     scores: dict[str, Scores]
     heldout: dict[str, float]
     finite: np.ndarray
@@ -55,66 +54,69 @@ class Samples(NamedTuple):
 def run_iteration(
     job: Job, phases: Phases, frozen: Any, progress: Progress, timer: PhaseTimer
 ) -> tuple[Progress, dict[str, float]]:
-    """One iteration of E-GRPO; `frozen` are the parameters that are not trained.
+    """One iteration; `frozen` are the parameters that are not trained.
 
     Raises:
       NotFiniteError: no image is finite.
       MissingScoreError: a score never came, and `rewards.on_missing` is "fail".
     """
     config, iteration = job.config, progress.iteration
-    count = config.prompts_per_iteration
+    count, plan = config.prompts_per_iteration, job.plan_at(iteration)
     prompts = prompts_at(job.prompts, config.seed, progress.position, count)
     with hosts.agreed():
         conditioning = job.pipeline.encode(prompts)
-    keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count)
+    keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, job.rollouts)
+    if plan.seeds > 1:
+        prompts = [prompt for prompt in prompts for _ in range(plan.seeds)]
+        conditioning = jax.tree.map(lambda x: np.repeat(x, plan.seeds, axis=0), conditioning)
 
-    samples = sample_and_score(job, phases, combine(progress.state.params, frozen), prompts, conditioning, keys, timer)
+    params = combine(progress.state.params, frozen)
+    samples = sample_and_score(job, phases, params, plan.schedule(), prompts, conditioning, keys, timer)
     check_samples(samples, iteration + 1, config.rewards)
-    advantage, left_out = assign_credit(config.rewards, samples.scores)
+    advantage, left_out = assign_credit(phases, config.rewards, samples.scores)
+    weights = plan.step_weights(config.learner.step_weights).astype(np.float32)
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
-            phases.update(progress.state, frozen, samples.transitions, advantage, conditioning)
+            phases.update(progress.state, frozen, samples.transitions, advantage, weights, conditioning)
         )
 
-    numbers = reward_numbers(job.plan, samples.scores, samples.heldout, samples.finite)
-    numbers |= update_numbers(advantage, stats, state) | _groups(advantage, left_out)
+    numbers = reward_numbers(plan, samples.scores, samples.heldout, samples.finite)
+    numbers |= update_numbers(advantage, stats, state)
+    numbers |= {"groups": float(job.rollouts * len(plan.groups)), "groups_left_out": float(left_out)}
     return Progress(state, progress.key, iteration + 1, progress.position + count), numbers
-
-
-def _groups(advantage: chex.Array, left_out: int) -> dict[str, float]:
-    return {"groups": float(advantage.shape[0] * advantage.shape[1]), "groups_left_out": float(left_out)}
 
 
 def sample_and_score(
     job: Job,
     phases: Phases,
     params: Any,
+    schedule: Any,
     prompts: Sequence[str],
     conditioning: Any,
     keys: chex.Array,
     timer: PhaseTimer,
 ) -> Samples:
-    """Rolls out `prompts_per_rollout` prompts after another; scoring in the background goes on meanwhile."""
-    at_once = job.config.prompts_per_rollout or len(prompts)
+    """Rolls out so many prompts after another; scoring in the background goes on meanwhile."""
+    at_once, deal = job.rollouts_at_once, phases.deal
     transitions, parts = [], []
     for first in range(0, len(prompts), at_once):
         rows = slice(first, first + at_once)
         with timer.phase("rollout"):
             inputs = jax.tree.map(lambda x: x[rows], (conditioning, keys))  # noqa: B023  # used at once
-            rollout = jax.block_until_ready(phases.rollout(params, *inputs))
+            rollout = jax.block_until_ready(phases.rollout(params, schedule, *inputs))
         with timer.phase("decode"):
             images = jax.block_until_ready(phases.decode(params, rollout.latents))
         with timer.phase("reward"), hosts.agreed(RewardError):
-            parts.append(_hand_in(job, phases.tails, images, prompts[rows]))
+            parts.append(_hand_in(job, deal, images, prompts[rows]))
         transitions.append(rollout.transitions)
     with timer.phase("reward"):
         with hosts.agreed(RewardError):
-            own = [_wait(part, len(phases.tails.sample)) for part in parts]
+            own = [_wait(part, len(deal.sample)) for part in parts]
         judged = hosts.total(own)
-    shape = (at_once, len(job.plan.branches), len(job.plan.tail_solvers), job.plan.group_size)
-    in_order = lambda parts: np.concatenate([_in_order(part, phases.tails, shape) for part in parts])
+    shape = (at_once, len(job.plan.groups), len(job.plan.tail_solvers), job.plan.group_size)
+    in_order = lambda parts: np.concatenate([_in_order(part, deal, shape) for part in parts])
     of = lambda name: [part.scores[name] for part in judged]
-    seen = _scored(job, phases.tails, train=False)
+    seen = _scored(job, deal, train=False)
     only_seen = lambda scores: Scores(scores.values[seen], scores.came[seen])
     return Samples(
         transitions=jax.tree.map(lambda *parts: jnp.concatenate(parts), *transitions),
@@ -139,20 +141,20 @@ class _Judged(NamedTuple):
     scores: dict[str, Scores]
 
 
-def _scored(job: Job, tails: Tails, train: bool) -> np.ndarray:
+def _scored(job: Job, deal: Deal, train: bool) -> np.ndarray:
     """Which images of a rollout are scored: all, or by held-out rewards the first of each group."""
-    real, first = tails.sample >= 0, tails.sample % job.plan.group_size == 0
+    real, first = deal.sample >= 0, deal.sample % job.plan.group_size == 0
     return real if train else real & first
 
 
-def _hand_in(job: Job, tails: Tails, images: jax.Array, prompts: Sequence[str]) -> _HandedIn:
+def _hand_in(job: Job, deal: Deal, images: jax.Array, prompts: Sequence[str]) -> _HandedIn:
     """Begins to score the images of `prompts` that this process's devices have made."""
     rows, own = hosts.own_rows(images)
-    shown = np.array(prompts, object)[tails.sample[rows] // job.plan.decodes]
+    shown = np.array(prompts, object)[deal.sample[rows] // job.plan.decodes]
     pending = {}
     with hosts.alone(jax.sharding.get_mesh()):
         for name, reward in job.rewards.items():
-            chosen = _scored(job, tails, name in job.config.rewards.train)[rows]
+            chosen = _scored(job, deal, name in job.config.rewards.train)[rows]
             judged = own if chosen.all() else jnp.take(own, np.flatnonzero(chosen), axis=0, mode="clip")
             scores = reward.start(judged, list(shown[chosen]))
             pending[name] = rows[chosen], scores
@@ -165,10 +167,10 @@ def _wait(part: _HandedIn, count: int) -> _Judged:
     return _Judged(hosts.placed(part.finite, part.rows, count), scores)
 
 
-def _in_order(values: np.ndarray, tails: Tails, shape: tuple[int, ...]) -> np.ndarray:
-    """`values` of a rollout's images, in the order of `tails`, by the sample that each is of: `shape` (P, E, R, G)."""
-    ordered, real = np.empty(shape, values.dtype), tails.sample >= 0
-    ordered.ravel()[tails.sample[real]] = values[real]
+def _in_order(values: np.ndarray, deal: Deal, shape: tuple[int, ...]) -> np.ndarray:
+    """`values` of a rollout's images, in the order of `deal`, by the sample that each is of: `shape` (P, E, R, G)."""
+    ordered, real = np.empty(shape, values.dtype), deal.sample >= 0
+    ordered.ravel()[deal.sample[real]] = values[real]
     return ordered
 
 
@@ -185,19 +187,11 @@ def check_samples(samples: Samples, iteration: int, config: RewardsConfig) -> No
         raise MissingScoreError(f"iteration {iteration}: scores never came: {shown}; rewards.on_missing is 'fail'")
 
 
-def assign_credit(config: RewardsConfig, scores: dict[str, Scores]) -> tuple[chex.Array, int]:
-    """The advantages `[P, E, G]`, as the section `rewards` has it, and the number of groups that lack a score.
+def assign_credit(phases: Phases, config: RewardsConfig, scores: dict[str, Scores]) -> tuple[chex.Array, int]:
+    """The advantages `[P, K, G]`, as plan and `rewards` have it, and the number of groups that lack a score.
 
     If all do, there is nothing to learn from: the advantages are nan, and the update is skipped.
     """
     values = {name: scores[name].values for name in config.train}
     came = np.stack([scores[name].came for name in config.train]).all(0)
-    return jax.block_until_ready(_advantage(config, values, came)), int((~complete_groups(came)).sum())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _advantage(config: RewardsConfig, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
-    weights = dict(zip(config.train, config.weights, strict=True))
-    clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
-    advantage = credit(values, came, weights, config.combination, clips, config.mean_of, config.std_of)
-    return jnp.where(complete_groups(came).any(), advantage, jnp.nan)
+    return jax.block_until_ready(phases.credit(values, came)), int((~complete_groups(came)).sum())

@@ -8,18 +8,23 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.parallel import hosts
 from egrpo_jax.pipelines import Pipeline, load_pipeline
 from egrpo_jax.rewards import CheckedReward, load_reward
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import Plan, make_plan
+from egrpo_jax.rl.plan import Plan
 from egrpo_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The constants of a run, but for the parameters that are not trained."""
+    """The constants of a run, but for the parameters that are not trained.
+
+    Attributes:
+      plan: of the first iteration; those of all have its shape.
+    """
 
     config: TrainConfig
     plan: Plan
@@ -29,6 +34,25 @@ class Job:
     evaluation_prompts: list[str]
     optimizer: optax.GradientTransformation
 
+    def __post_init__(self) -> None:
+        if self.config.learner.updates == "per_active_step" and not self.plan.updates_by_step:
+            expected = f"'joint': the samples of {self.config.plan.algorithm} take several random steps each"
+            raise ConfigError("learner.updates", "per_active_step", expected)
+
+    def plan_at(self, iteration: int) -> Plan:
+        """The plan of an iteration, counted from 0."""
+        return self.config.plan.make_plan(iteration, self.config.seed)
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of an iteration: each prompt has one from each of its seeds."""
+        return self.config.prompts_per_iteration * self.plan.seeds
+
+    @property
+    def rollouts_at_once(self) -> int:
+        """Rollouts of one call of the compiled phase."""
+        return (self.config.prompts_per_rollout or self.config.prompts_per_iteration) * self.plan.seeds
+
 
 def make_job(config: TrainConfig, mesh: Mesh) -> Job:
     """Reads what `config` names, but for the model's weights.
@@ -36,7 +60,7 @@ def make_job(config: TrainConfig, mesh: Mesh) -> Job:
     Raises:
       UserError: something is wrong with it, or does not go together.
     """
-    plan = make_plan(config.plan)
+    plan = config.plan.make_plan(0, config.seed)
     prompts, evaluation_prompts = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     pipeline = load_pipeline(config.model)
     pipeline.require([*prompts, *evaluation_prompts])

@@ -160,13 +160,13 @@ class Run:
 
     def do_iteration(self) -> dict[str, float]:
         """One iteration, and an evaluation where it is due; saves what is there if a reward fails."""
-        timer = PhaseTimer()
+        timer, plan = PhaseTimer(), self.job.plan_at(self.progress.iteration)
         try:
             with self.profiler.iteration(self.progress.iteration + 1), count_compilations() as compiled:
                 with timer.phase("iteration"):
                     self.progress, numbers = run_iteration(self.job, self.phases, self.frozen, self.progress, timer)
                 self.sound = not numbers["skipped_in_a_row"] or _no_scores(numbers)
-                speed = lambda: speed_numbers(self.job, timer, compiled)
+                speed = lambda: speed_numbers(self.job, plan, timer, compiled)
                 with finishing(lambda: self.write(numbers | speed())):
                     if self.due:
                         with timer.phase("evaluation"):

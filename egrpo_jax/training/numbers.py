@@ -22,8 +22,8 @@ from egrpo_jax.training.job import Job
 def reward_numbers(
     plan: Plan, scores: Mapping[str, Scores], heldout: Mapping[str, float], finite: np.ndarray
 ) -> dict[str, float]:
-    """Of each reward `[P, E, R, G]`: mean, std, the mean std within a group by active step, groups without spread,
-    scores that never came; all else is of those that did. Images that are not `finite` are counted apart."""
+    """Of each reward `[P, E, R, G]`: mean, std, the mean std within each kind of group, groups without spread, scores
+    that never came; all else is of those that did. Images that are not `finite` are counted apart."""
     numbers: dict[str, Any] = {f"reward/{name}/mean": mean for name, mean in heldout.items()}
     for name, (values, came) in scores.items():
         mean, std, zero_spread, within = _spread(values, came)
@@ -31,8 +31,8 @@ def reward_numbers(
         numbers[f"reward/{name}/std"] = std
         numbers[f"reward/{name}/zero_std_groups"] = zero_spread
         numbers[f"reward/{name}/missing"] = (finite & ~came).sum()
-        for branch, std in zip(plan.branches, np.asarray(within), strict=True):
-            numbers[f"reward/{name}/std_step_{branch.step}"] = std
+        for group, std in zip(plan.groups, np.asarray(within), strict=True):
+            numbers[f"reward/{name}/std_{group}"] = std
     numbers["images_not_finite"] = (~finite).sum()
     return {name: float(value) for name, value in numbers.items()}
 
@@ -70,14 +70,14 @@ def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState)
     return {name: float(value) for name, value in numbers.items()}
 
 
-def speed_numbers(job: Job, timer: PhaseTimer, compiled: Sequence[float]) -> dict[str, float]:
-    """Seconds by phase, images a second, how many programs were `compiled` in how many seconds.
+def speed_numbers(job: Job, plan: Plan, timer: PhaseTimer, compiled: Sequence[float]) -> dict[str, float]:
+    """Of an iteration of `plan`: seconds by phase, images a second, how many programs were `compiled` in how many seconds.
 
     Where they are known, peak device memory and each phase's model FLOP utilisation (PaLM, arXiv:2204.02311, appendix
     B): the model's operations, without what remat repeats, by those of the devices' peak.
     """
     seconds = timer.take()
-    images = job.config.prompts_per_iteration * job.plan.decodes
+    images = job.config.prompts_per_iteration * plan.seeds * plan.decodes
     speed = {
         "images_per_second": images / seconds["seconds/iteration"],
         "compilations": len(compiled),
@@ -88,19 +88,19 @@ def speed_numbers(job: Job, timer: PhaseTimer, compiled: Sequence[float]) -> dic
     if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
         most = peak * jax.device_count()
         speed |= {
-            f"mfu/{phase}": flops / (seconds[f"seconds/{phase}"] * most) for phase, flops in _model_flops(job).items()
+            f"mfu/{phase}": flops / (seconds[f"seconds/{phase}"] * most)
+            for phase, flops in _model_flops(job, plan).items()
         }
     return seconds | speed
 
 
-def _model_flops(job: Job) -> dict[str, float]:
+def _model_flops(job: Job, plan: Plan) -> dict[str, float]:
     """Operations of an iteration's phases on all devices, of those where they are known."""
-    plan, pipeline = job.plan, job.pipeline
-    learner = job.config.learner
+    pipeline, learner = job.pipeline, job.config.learner
     update = plan.update_equivalents(learner.epochs, learner.is_scored(len(plan.branches)))
     of_a_prompt = {
         "rollout": (plan.rollout_passes, pipeline.forward_flops),
-        "decode": (plan.decodes, pipeline.decode_flops),
+        "decode": (plan.seeds * plan.decodes, pipeline.decode_flops),
         "update": (update, pipeline.forward_flops),
     }
     prompts = job.config.prompts_per_iteration

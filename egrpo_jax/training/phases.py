@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_devices, spread
-from egrpo_jax.rl.deal import Tails, deal_prompts, deal_states, deal_tails, first_rows
-from egrpo_jax.rl.rollout import Rollout, Transitions, roll_out
+from egrpo_jax.rl.advantage import complete_groups, credit
+from egrpo_jax.rl.deal import deal_prompts, deal_states
+from egrpo_jax.rl.plan import Deal
+from egrpo_jax.rl.transitions import Rollout, Transitions
 from egrpo_jax.rl.update import (
     Batch,
+    Batches,
     Scored,
     StepStats,
     TrainState,
@@ -24,7 +28,7 @@ from egrpo_jax.rl.update import (
     add_stats,
     policy_gradient,
     score_batch,
-    take_batches,
+    take_batch,
     update_policy,
 )
 from egrpo_jax.training.job import Job
@@ -35,47 +39,69 @@ class Phases(NamedTuple):
     """The phases of an iteration, compiled at their first call.
 
     Attributes:
-      tails: how the tails of a rollout are dealt to the devices.
-      rollout: `(params, conditioning, keys [P])` to a `Rollout`, whose latents are in the order of `tails`.
+      deal: how the work of a call of `rollout` is dealt to the devices.
+      rollout: `(params, schedule, conditioning, keys [P])` to a `Rollout`, whose latents are in the order of `deal`.
       decode: `(params, latents [M, N, D])` to images `[M, H, W, 3]`.
-      update: `(state, frozen, transitions, advantage, conditioning)` to the new state and statistics.
+      credit: `(rewards [P, E, R, G] by name, which of them came)` to advantages `[P, K, G]`, see `Plan.credit`.
+      update: `(state, frozen, transitions, advantage, step_weights, conditioning)` to the new state and statistics.
     """
 
-    tails: Tails
-    rollout: Callable[[Any, Any, chex.Array], Rollout]
+    deal: Deal
+    rollout: Callable[[Any, Any, Any, chex.Array], Rollout]
     decode: Callable[[Any, chex.Array], chex.Array]
+    credit: Callable[[dict[str, chex.Array], chex.Array], chex.Array]
     update: Callable[..., tuple[TrainState, UpdateStats]]
 
 
 def make_phases(job: Job) -> Phases:
-    """The phases for the mesh that is set: samples spread over it, parameters as they lie."""
+    """The phases for the mesh that is set: samples spread over it, parameters as they lie.
+
+    They serve all iterations, whose plans have one shape.
+
+    Raises:
+      ConfigError: the work of the plan cannot be dealt to so many devices.
+    """
     mesh = jax.sharding.get_mesh()
     layout = Layout.of(job.pipeline.abstract(mesh), job.pipeline.dtype)
     decode = lambda params, latents: job.pipeline.decode(layout.boxed(params), latents)
     kept = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(job, mesh))
-    num_prompts = job.config.prompts_per_rollout or job.config.prompts_per_iteration
-    tails = deal_tails(job.plan, num_prompts, sample_devices(), job.config.tails_per_device)
+    deal = job.plan.deal(job.rollouts_at_once, sample_devices(), job.config.tails_per_device)
     return Phases(
-        tails=tails,
-        rollout=compiled(functools.partial(_rollout, job, layout, tails)),
+        deal=deal,
+        rollout=compiled(functools.partial(_rollout, job, layout, deal)),
         decode=compiled(spread(decode, (layout.specs, over_samples()), over_samples())),
+        credit=jax.jit(functools.partial(_credit, job)),
         update=compiled(functools.partial(_update, job, layout), donate_argnums=(0,), out_shardings=(kept, None)),
     )
 
 
-def _rollout(job: Job, layout: Layout, tails: Tails, params: Any, conditioning: Any, keys: chex.Array) -> Rollout:
-    def roll(params: Any, tails: Tails, conditioning: Any, keys: chex.Array) -> Rollout:
+def _rollout(
+    job: Job, layout: Layout, deal: Deal, params: Any, schedule: Any, conditioning: Any, keys: chex.Array
+) -> Rollout:
+    def roll(params: Any, deal: Any, schedule: Any, conditioning: Any, keys: chex.Array) -> Rollout:
         velocity = lambda params, *inputs: job.pipeline.velocity(layout.boxed(params), *inputs)
-        return roll_out(velocity, params, job.plan, tails, conditioning, keys, job.pipeline.latents_shape)
+        return job.plan.roll_out(velocity, params, deal, schedule, conditioning, keys, job.pipeline.latents_shape)
 
-    num_prompts, workers = len(keys), sample_devices()
-    rows = deal_prompts(num_prompts, workers).ravel()
-    tables = Tails._make(over_samples(axis) for axis in (0, 1, 1, 1, 1, 0))
-    in_specs = (layout.specs, tables, over_samples(), over_samples())
+    count, workers = len(keys), sample_devices()
+    rows = deal_prompts(count, workers).ravel()
+    tables = jax.tree.map(over_samples, deal.worker_axes())
+    in_specs = (layout.specs, tables, REPLICATED, over_samples(), over_samples())
     rollout = spread(roll, in_specs, over_samples())(
-        layout.working_copy(params), tails, *_take((conditioning, keys), rows)
+        layout.working_copy(params), deal, schedule, *_take((conditioning, keys), rows)
     )
-    return rollout._replace(transitions=_take(rollout.transitions, first_rows(num_prompts, workers)))
+    return rollout._replace(transitions=job.plan.gather(rollout.transitions, count, workers))
+
+
+def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
+    """The advantages, as plan and section `rewards` have it; nan if no group has all of its scores."""
+    config = job.config.rewards
+    weights = dict(zip(config.train, config.weights, strict=True))
+    clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
+
+    def normalise(values: Mapping[str, chex.Array], came: chex.Array) -> chex.Array:
+        return credit(values, came, weights, config.combination, clips, config.mean_of, config.std_of)
+
+    return jnp.where(complete_groups(came).any(), job.plan.credit(normalise, values, came), jnp.nan)
 
 
 def _update(
@@ -83,8 +109,9 @@ def _update(
     layout: Layout,
     state: TrainState,
     frozen: Any,
-    transitions: Transitions,
+    transitions: tuple[Transitions, ...],
     advantage: chex.Array,
+    step_weights: chex.Array,
     conditioning: Any,
 ) -> tuple[TrainState, UpdateStats]:
     config, pipeline = job.config.learner, job.pipeline
@@ -96,8 +123,8 @@ def _update(
     def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> Scored:
         return score_batch(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
 
-    def gradient(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> tuple[Any, StepStats]:
-        grads, stats = policy_gradient(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
+    def gradient(trained: Any, frozen: Any, conditioning: Any, batches: Batches) -> tuple[Any, StepStats]:
+        grads, stats = policy_gradient(velocity(frozen), job.plan.process, config, trained, conditioning, batches)
         return trained_layout.sum_gradients(grads), jax.tree.map(lambda x: x[None], stats)
 
     rows = deal_prompts(len(advantage), sample_devices()).ravel()
@@ -106,8 +133,8 @@ def _update(
     score_all = spread(score, in_specs, samples)
     gradient_of_each = spread(gradient, in_specs, (trained_layout.specs, samples))
 
-    def gradient_of_all(trained: Any, batch: Batch) -> tuple[Any, StepStats]:
-        grads, stats = gradient_of_each(trained, frozen, conditioning, batch)
+    def gradient_of_all(trained: Any, batches: Batches) -> tuple[Any, StepStats]:
+        grads, stats = gradient_of_each(trained, frozen, conditioning, batches)
         return grads, add_stats(stats)
 
     return update_policy(
@@ -116,19 +143,20 @@ def _update(
         job.optimizer,
         config,
         state,
-        _batches(job, transitions, advantage),
+        tuple(_batch(job, block, advantage, step_weights) for block in transitions),
     )
 
 
-def _batches(job: Job, transitions: Transitions, advantage: chex.Array) -> Batch:
-    """The trained states of all workers, `[U, D M, B]`, of rows of prompts dealt to them."""
-    config = job.config.learner
-    num_prompts, num_active = job.config.prompts_per_iteration, advantage.shape[1]
-    updates = config.updates_of_epoch(num_active)
-    states = deal_states(num_prompts, num_active, sample_devices(), updates, config.micro_batch)
+def _batch(job: Job, transitions: Transitions, advantage: chex.Array, step_weights: chex.Array) -> Batch:
+    """The trained states of all workers, `[U, D M, B]`, of one block of transitions, in rows dealt to them."""
+    config, (_, num_states, num_samples) = job.config.learner, transitions.log_prob.shape
+    updates = config.updates_of_epoch(num_states)
+    states = deal_states(job.rollouts, num_states, sample_devices(), updates, config.micro_batch)
+    of_all = sum(block.states * block.samples for block in job.plan.blocks)
+    share = num_states * num_samples / of_all  # of an update's samples those that are of this block
+    states = states if share == 1 else states._replace(weight=states.weight * np.float32(share))
     in_specs = (over_samples(), over_samples(), REPLICATED, over_samples(1))
-    step_weights = job.plan.step_weights(config.step_weights)
-    return spread(take_batches, in_specs, over_samples(1))(transitions, advantage, step_weights, states)
+    return spread(take_batch, in_specs, over_samples(1))(transitions, advantage, step_weights, states)
 
 
 def _take(tree: Any, rows: np.ndarray) -> Any:

@@ -175,7 +175,7 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         job.plan.process,
         [branch.step for branch in job.plan.branches],
         [branch.merge for branch in job.plan.branches],
-        config.plan.entropy_threshold,
+        getattr(config.plan, "entropy_threshold", None),
         workdir / "entropy.png",
     )
     grids.save_image(before_after(job, first, last), workdir / "before_after.png")

@@ -12,7 +12,7 @@ from egrpo_jax.evaluation.sampler import Sampler, pixels
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import DpmSolver2M, solve
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
+from egrpo_jax.rl.transitions import initial_noise, prompt_keys
 from tests import toy
 
 PROMPTS = ["a", "tree", "a green sea", "abc", "eel"]
@@ -51,7 +51,7 @@ def test_images_of_the_second_order_solver():
     found = {}
     for solver in ("euler", "dpm2m"):
         ((_, found[solver]),) = Sampler(pipeline, times, 5, solver)(params, PROMPTS, key)
-    noise = anchor_noise(prompt_keys(key, 0, 5), pipeline.latents_shape)
+    noise = initial_noise(prompt_keys(key, 0, 5), pipeline.latents_shape)
     expected = solve(DpmSolver2M(6), pipeline.velocity, params, noise, times, pipeline.encode(PROMPTS))
     np.testing.assert_allclose(found["dpm2m"], pipeline.decode(params, expected), atol=1e-6)
     assert np.abs(found["dpm2m"] - found["euler"]).max() > 1e-3

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from egrpo_jax.rl.rollout import anchor_noise, prompt_keys
+from egrpo_jax.rl.transitions import initial_noise, prompt_keys
 from tests import tiny_flux
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pipeline.npz"
@@ -14,9 +14,9 @@ PROMPTS = ["a red cat", "dog 7, 3", ""]
 STEPS = 4
 
 
-def initial_noise(seed=0):
+def first_noise(seed=0):
     """What `sample --seed` starts from: packed latents `[P, N, D]`."""
-    return np.asarray(anchor_noise(prompt_keys(jax.random.key(seed), 0, len(PROMPTS)), (4, 16)))
+    return np.asarray(initial_noise(prompt_keys(jax.random.key(seed), 0, len(PROMPTS)), (4, 16)))
 
 
 def load(folder):
@@ -39,7 +39,7 @@ def images(pipeline, guidance=3.5):
         num_inference_steps=STEPS,
         max_sequence_length=tiny_flux.TEXT_TOKENS,
         guidance_scale=guidance,
-        latents=torch.tensor(initial_noise()),
+        latents=torch.tensor(first_noise()),
         output_type="np",
     ).images
 

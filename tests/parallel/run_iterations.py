@@ -19,7 +19,7 @@ from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.trees import combine
 from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from egrpo_jax.rl.rollout import prompt_keys
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
@@ -53,7 +53,7 @@ def main(config_file, out, *where):
         for _ in range(3):
             progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        found = whole({"state": progress.state, "samples": samples.transitions.next_latents})
+        found = whole({"state": progress.state, "samples": [block.next_latents for block in samples.transitions]})
     found |= {"scores": samples.scores, "finite": samples.finite}
     leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(found)}
     numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
@@ -65,8 +65,8 @@ def draw(job, phases, frozen, progress):
     """The first iteration's samples, by parameters that are the same everywhere."""
     prompts = job.prompts[: job.config.prompts_per_iteration]
     keys = prompt_keys(progress.key, 0, len(prompts))
-    params = combine(progress.state.params, frozen)
-    return sample_and_score(job, phases, params, prompts, job.pipeline.encode(prompts), keys, PhaseTimer())
+    params, schedule = combine(progress.state.params, frozen), job.plan.schedule()
+    return sample_and_score(job, phases, params, schedule, prompts, job.pipeline.encode(prompts), keys, PhaseTimer())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, Pipeline, load_pipeline
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.phases import make_phases
@@ -113,20 +113,21 @@ def test_nothing_to_train():
 
 
 def test_an_iteration_of_the_embedded_model_compiles_without_an_array():
-    config = TrainConfig(prompts_per_iteration=2, plan=PlanConfig(num_steps=4, group_size=2))
+    config = TrainConfig(prompts_per_iteration=2, plan=EGrpo(num_steps=4, group_size=2))
     with Arrays() as arrays, jax.set_mesh(MESH):
         pipeline = load_pipeline(ModelConfig())
         params = pipeline.abstract(MESH)
         _, frozen = partition(params, pipeline.trainable)
-        job = Job(config, make_plan(config.plan), pipeline, {}, [], [], make_optimizer(config.optim))
+        job = Job(config, config.plan.make_plan(), pipeline, {}, [], [], make_optimizer(config.optim))
         phases = make_phases(job)
         text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pipeline.encode(["owl", "key"]))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-        rollout = phases.rollout.lower(params, text, keys)
+        rollout = phases.rollout.lower(params, (), text, keys)
         transitions, latents = rollout.out_info
         decode = phases.decode.lower(params, jax.ShapeDtypeStruct((4, *pipeline.latents_shape), jnp.float32))
-        advantage = jax.ShapeDtypeStruct(transitions.log_prob.shape, jnp.float32)
-        update = phases.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, text)
+        advantage = jax.ShapeDtypeStruct(transitions[0].log_prob.shape, jnp.float32)
+        weights = jax.ShapeDtypeStruct((2,), jnp.float32)
+        update = phases.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, weights, text)
         assert latents.shape[-2:] == pipeline.latents_shape
         for lowered in (rollout, decode, update):
             assert lowered.compile().cost_analysis()

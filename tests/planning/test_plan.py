@@ -69,7 +69,7 @@ def test_every_phase_of_the_toy_run(mesh):
     assert costs["rollout"].beside == {"moments": update["moments"], "average": weights}
     # By hand: [4, 12] x [12, 12] for latents, [3] x [3, 12] for text, which is computed once for an anchor's steps.
     passes, latents, text = count_passes(job), 2 * 4 * 12 * 12, 2 * 3 * 12
-    expected = (passes.anchor + passes.tails) * latents + (8 + passes.tails) * text
+    expected = (passes.shared + passes.own) * latents + (8 + passes.own) * text
     assert costs["rollout"].compiled.work.flops == expected
     assert all(cost.fits for cost in costs.values())
     assert "unknown" not in verdict(job, mesh, list(costs.values()))

@@ -8,16 +8,17 @@ import pytest
 
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.parallel.mesh import EXACT
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_states, deal_tails
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
-from egrpo_jax.rl.plan import PlanConfig, make_plan
-from egrpo_jax.rl.rollout import prompt_keys, roll_out
+from egrpo_jax.rl.rollout import roll_out
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.rl.update import (
     LearnerConfig,
     init_state,
     policy_gradient,
     score_batch,
-    take_batches,
+    take_batch,
     update_policy,
 )
 
@@ -45,12 +46,12 @@ def sampled():
     keys = jax.random.split(jax.random.key(4), len(shapes))
     # All random: freshly made, gates and the last layer are zero, and the velocity with them.
     params = tree.unflatten([0.3 * jax.random.normal(key, s.shape) for key, s in zip(keys, shapes, strict=True)])
-    plan = make_plan(PlanConfig(num_steps=6, group_size=4))
+    plan = EGrpo(num_steps=6, group_size=4).make_plan()
     tails, keys = deal_tails(plan, PROMPTS, 1), prompt_keys(jax.random.key(0), 0, PROMPTS)
     roll = lambda: roll_out(
         functools.partial(velocity, "none"), params, plan, tails, (TEXT, POOLED), keys, (16, CONFIG.in_channels)
     )
-    return params, plan, jax.jit(roll)().transitions
+    return params, plan, jax.jit(roll)().transitions[0]
 
 
 BY_STEP = {"updates": "per_active_step"}
@@ -74,7 +75,7 @@ def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, cha
     def update(state):
         score = lambda params, batch: score_batch(own, plan.process, config, params, conditioning, batch)
         gradient = lambda params, batch: policy_gradient(own, plan.process, config, params, conditioning, batch)
-        batches = take_batches(transitions, advantage, plan.step_weights(config.step_weights), states)
+        batches = (take_batch(transitions, advantage, plan.step_weights(config.step_weights), states),)
         return update_policy(score, gradient, optimizer, config, state, batches)
 
     _, stats = jax.jit(update, compiler_options=EXACT)(init_state(params, optimizer, config))

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_prompts, deal_states, deal_tails, first_rows
-from egrpo_jax.rl.plan import PlanConfig, make_plan
 
-PLAN = make_plan(PlanConfig(num_steps=8, group_size=3, tail_strides=(1, 3)))
+PLAN = EGrpo(num_steps=8, group_size=3, tail_strides=(1, 3)).make_plan()
 SHAPES = [(4, 1), (4, 2), (4, 4), (1, 4), (6, 4), (3, 4), (2, 16)]
 """Prompts and workers."""
 
@@ -57,7 +57,7 @@ def test_every_tail_is_walked_once_from_its_sample_to_the_end(prompts, workers, 
 
 def test_slots_that_divide_evenly_are_all_busy():
     """The paper's plan: 8 prompts of 96 tails on 4 devices of 12 slots."""
-    plan = make_plan(PlanConfig())
+    plan = EGrpo().make_plan()
     assert deal_tails(plan, 8, 4, 12).busy > 0.999
     assert deal_tails(plan, 1, 8).busy > 0.98
     assert deal_tails(plan, 8, 1).carried.shape == (83, 96)
@@ -65,7 +65,7 @@ def test_slots_that_divide_evenly_are_all_busy():
 
 def test_one_worker_walks_groups_in_step():
     """By default as many slots as samples of one active step: each pass is at one time, as without a queue."""
-    tails = deal_tails(make_plan(PlanConfig()), 2, 1)
+    tails = deal_tails(EGrpo().make_plan(), 2, 1)
     assert (tails.time == tails.time[:, :1]).all()
 
 

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from egrpo_jax.flow.transition import Kernel, kl_divergence, log_prob
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import PlanConfig, make_plan
 from egrpo_jax.rl.update import LearnerConfig, Scored, policy_loss, score_samples
 from tests import toy
 from tests.rl.test_update import ADVANTAGE, OPTIM, PARAMS, PLAN, TEXT, TRANSITIONS, moved, run
@@ -35,7 +35,7 @@ SETTINGS = [
     ],
 )
 def test_flat_weights_times_std_are_the_published_one_over_kappa(changes, kappa):
-    plan = make_plan(PlanConfig(**changes))
+    plan = EGrpo(**changes).make_plan()
     factors = plan.step_weights("flat") * stds(plan)
     np.testing.assert_allclose(factors.mean(), 1.0, rtol=1e-12)
     expected = 1 / np.array(kappa)
@@ -43,7 +43,7 @@ def test_flat_weights_times_std_are_the_published_one_over_kappa(changes, kappa)
 
 
 def test_the_paper_s_plan_has_the_factors_worked_out_elsewhere():
-    plan = make_plan(PlanConfig())
+    plan = EGrpo().make_plan()
     flat = plan.step_weights("flat") * stds(plan)
     np.testing.assert_allclose(flat, [2.77, 2.11, 0.95, 0.71, 0.56, 0.36, 0.30, 0.24], atol=0.0051)
     noise, std = plan.step_weights("noise"), [0.7000, 0.7231, 0.7492, 0.6190, 0.5422, 0.6188, 0.5715, 0.5347]
@@ -58,7 +58,7 @@ def stds(plan):
 @pytest.mark.parametrize("process", ["flow_sde", "dance_sde", "cps", "exact_sde"])
 def test_flat_weights_give_every_step_the_same_gradient(process):
     """The gradient by a state's velocity is A e / (dimensions), times one number for all steps."""
-    plan = make_plan(PlanConfig(num_steps=8, group_size=5, process=process, noise_level=0.7, entropy_threshold=0.0))
+    plan = EGrpo(num_steps=8, group_size=5, process=process, noise_level=0.7, entropy_threshold=0.0).make_plan()
     noise, latents, velocity = (jax.random.normal(jax.random.key(i), (1, 5, *toy.SHAPE)) for i in range(3))
     latents, velocity, advantage = latents[:, 0], velocity[:, 0], ADVANTAGE[:1, 0]
     found = []

@@ -5,11 +5,12 @@ import pytest
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.flow.entropy import exp_entropy
 from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde
-from egrpo_jax.rl.plan import PlanConfig, describe, make_plan
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.plan import describe
 
 
 def test_the_papers_plan():
-    plan = make_plan(PlanConfig())
+    plan = EGrpo().make_plan()
     assert [branch.merge for branch in plan.branches] == [1, 1, 2, 2, 2, 3, 3, 3]
     assert [branch.step for branch in plan.branches] == list(range(8))
     assert (plan.rollout_passes, plan.training_passes) == (1012, 8)
@@ -28,12 +29,12 @@ def test_the_papers_plan():
     ],
 )
 def test_costs(changes, rollout, decodes):
-    plan = make_plan(PlanConfig(**changes))
+    plan = EGrpo(**changes).make_plan()
     assert (plan.rollout_passes, plan.decodes) == (rollout, decodes)
 
 
 def test_explicit_merges():
-    plan = make_plan(PlanConfig(entropy_threshold=None, active_steps=(2, 5, 14), merges=(4, 1, 2)))
+    plan = EGrpo(entropy_threshold=None, active_steps=(2, 5, 14), merges=(4, 1, 2)).make_plan()
     assert [(branch.step, branch.stop) for branch in plan.branches] == [(2, 6), (5, 6), (14, 16)]
     assert plan.branches[0].exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 4)
     assert plan.branches[0].unmerged_exp_entropy == exp_entropy(FlowSde(0.7), plan.times, 2, 1)
@@ -41,7 +42,7 @@ def test_explicit_merges():
 
 
 def test_a_threshold_that_is_met_by_noise_alone():
-    plan = make_plan(PlanConfig(process="exact_sde", entropy_by="noise"))
+    plan = EGrpo(process="exact_sde", entropy_by="noise").make_plan()
     assert [branch.merge for branch in plan.branches] == [1] * 8
     assert [branch.exp_entropy for branch in plan.branches] == pytest.approx([2.2] * 8)
     assert [branch.noise for branch in plan.branches] == pytest.approx([2.2 / 4.132731] * 8, rel=1e-6)
@@ -50,14 +51,14 @@ def test_a_threshold_that_is_met_by_noise_alone():
 
 def test_standard_deviations_of_ones_own():
     changes = {"process": "exact_sde", "entropy_threshold": None, "num_steps": 8, "active_steps": (1, 3)}
-    plan = make_plan(PlanConfig(**changes, stds=(0.4, 0.2)))
+    plan = EGrpo(**changes, stds=(0.4, 0.2)).make_plan()
     assert [(branch.merge, branch.noise) for branch in plan.branches] == [(1, 0.4), (1, 0.2)]
-    assert [branch.noise for branch in make_plan(PlanConfig(**changes, stds=(0.3,))).branches] == [0.3, 0.3]
+    assert [branch.noise for branch in EGrpo(**changes, stds=(0.3,)).make_plan().branches] == [0.3, 0.3]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dance_sde", DanceSde), ("cps", Cps), ("exact_sde", ExactSde)])
 def test_merges_by_the_entropy_of_another_process(name, kind):
-    plan = make_plan(PlanConfig(process=name, noise_level=0.6, entropy_threshold=1.2))
+    plan = EGrpo(process=name, noise_level=0.6, entropy_threshold=1.2).make_plan()
     assert plan.process == kind(0.6)
     for branch in plan.branches:
         assert branch.exp_entropy == exp_entropy(kind(0.6), plan.times, branch.step, branch.merge)
@@ -72,11 +73,11 @@ class Twice(FlowSde):
 
 
 def test_a_process_of_ones_own():
-    own, usual = (PlanConfig(process=name, entropy_threshold=0.0) for name in ("tests.rl.test_plan:Twice", "flow_sde"))
-    for branch, expected in zip(make_plan(own).branches, make_plan(usual).branches, strict=True):
+    own, usual = (EGrpo(process=name, entropy_threshold=0.0) for name in ("tests.rl.test_plan:Twice", "flow_sde"))
+    for branch, expected in zip(own.make_plan().branches, usual.make_plan().branches, strict=True):
         assert branch.noise == 2 * expected.noise
     with pytest.raises(UserError, match=r"config\.plan\.process"):
-        make_plan(PlanConfig(process="tests.rl.test_plan:Nothing"))
+        EGrpo(process="tests.rl.test_plan:Nothing").make_plan()
 
 
 def refuses(noise_level):
@@ -94,21 +95,21 @@ def refuses(noise_level):
 def test_what_makes_no_process_is_one_line(name, line):
     module = "builtins" if name == "str" else "tests.rl.test_plan"
     with pytest.raises(UserError, match=line):
-        make_plan(PlanConfig(process=f"{module}:{name}"))
+        EGrpo(process=f"{module}:{name}").make_plan()
 
 
 @pytest.mark.parametrize("process", ["cps", "exact_sde"])
 def test_a_random_step_without_noise_is_refused(process):
-    config = PlanConfig(process=process, entropy_threshold=None, active_steps=(14,), merges=(2,))
+    config = EGrpo(process=process, entropy_threshold=None, active_steps=(14,), merges=(2,))
     with pytest.raises(ConfigError, match=r"^config\.plan\.active_steps: found 14, expected steps with noise"):
-        make_plan(config)
+        config.make_plan()
 
 
 def test_description_shows_the_merges_and_reports_clamped_steps():
-    late = describe(make_plan(PlanConfig(active_steps=(0, 15))))
+    late = describe(EGrpo(active_steps=(0, 15)).make_plan())
     assert late.count("clamped") == 1
-    assert "clamped" not in describe(make_plan(PlanConfig()))
-    assert "1012 forward passes and 96 images" in describe(make_plan(PlanConfig()))
+    assert "clamped" not in describe(EGrpo().make_plan())
+    assert "1012 forward passes and 96 images" in describe(EGrpo().make_plan())
 
 
 @pytest.mark.parametrize(
@@ -145,4 +146,4 @@ def test_description_shows_the_merges_and_reports_clamped_steps():
 )
 def test_wrong_configs_name_the_key(changes, key):
     with pytest.raises(ConfigError, match=rf"^config\.{key}.*: found .*, expected "):
-        PlanConfig(**changes)
+        EGrpo(**changes)

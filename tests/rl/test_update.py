@@ -12,11 +12,12 @@ import pytest
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.process import FlowSde
 from egrpo_jax.flow.transition import log_prob
+from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_states, deal_tails
 from egrpo_jax.rl.loss import clipped_ratio_loss
 from egrpo_jax.rl.optimizer import OptimConfig, last_learning_rate, make_optimizer, make_schedule
-from egrpo_jax.rl.plan import PlanConfig, make_plan
-from egrpo_jax.rl.rollout import prompt_keys, roll_out
+from egrpo_jax.rl.rollout import roll_out
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.rl.update import (
     LearnerConfig,
     Scored,
@@ -25,15 +26,15 @@ from egrpo_jax.rl.update import (
     policy_loss,
     score_batch,
     score_samples,
-    take_batches,
+    take_batch,
     update_policy,
 )
 from tests import toy
 
 PARAMS, TEXT = toy.params(), toy.conditioning(4)
-PLAN = make_plan(PlanConfig(num_steps=8, group_size=5))
+PLAN = EGrpo(num_steps=8, group_size=5).make_plan()
 KEYS = prompt_keys(jax.random.key(0), 0, 4)
-TRANSITIONS = roll_out(toy.velocity, PARAMS, PLAN, deal_tails(PLAN, 4, 1), TEXT, KEYS, toy.SHAPE).transitions
+TRANSITIONS = roll_out(toy.velocity, PARAMS, PLAN, deal_tails(PLAN, 4, 1), TEXT, KEYS, toy.SHAPE).transitions[0]
 ADVANTAGE = jax.random.normal(jax.random.key(1), TRANSITIONS.log_prob.shape)
 OPTIM = OptimConfig(learning_rate=1e-3)
 
@@ -58,7 +59,7 @@ def update_alone(config, optimizer, state, transitions, advantage):
         optimizer,
         config,
         state,
-        take_batches(transitions, advantage, PLAN.step_weights(config.step_weights), states),
+        (take_batch(transitions, advantage, PLAN.step_weights(config.step_weights), states),),
     )
 
 
@@ -112,10 +113,10 @@ def test_ratio_is_one_before_the_first_update():
     + [{"process": "exact_sde", "entropy_by": "noise"}],
 )
 def test_ratio_is_one_with_every_process_and_its_gradient_that_of_the_gaussian(changes):
-    plan = make_plan(PlanConfig(num_steps=8, group_size=5, **changes))
+    plan = EGrpo(num_steps=8, group_size=5, **changes).make_plan()
     rollout = roll_out(toy.velocity, PARAMS, plan, deal_tails(plan, 4, 1), TEXT, KEYS, toy.SHAPE)
     for step, branch in enumerate(plan.branches):
-        transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions)
+        transitions = jax.tree.map(lambda x, step=step: x[:, step], rollout.transitions[0])
 
         def scored(params, transitions=transitions):
             return score_samples(toy.velocity, plan.process, params, transitions, TEXT).log_prob
