@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards import Pending, RewardError, Scores
-from egrpo_jax.rl.advantage import complete_groups, credit
+from egrpo_jax.rl.advantage import Credit, complete_groups, credit
 from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.rollout import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
@@ -199,5 +200,6 @@ def assign_credit(config: RewardsConfig, scores: dict[str, Scores]) -> tuple[che
 def _advantage(config: RewardsConfig, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
     weights = dict(zip(config.train, config.weights, strict=True))
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
-    advantage = credit(values, came, weights, config.combination, clips, config.mean_of, config.std_of)
+    how = Credit(**{choice.name: getattr(config, choice.name) for choice in dataclasses.fields(Credit)})
+    advantage = credit(values, came, weights, clips, how)
     return jnp.where(complete_groups(came).any(), advantage, jnp.nan)

@@ -1,12 +1,15 @@
 """Advantages, worked out by hand."""
 
+import dataclasses
+
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.rl.advantage import complete_groups, group_advantage, zero_spread_share
+from egrpo_jax.rl.advantage import Credit, complete_groups, group_advantage, trimmed, zero_spread_share
 from egrpo_jax.rl.advantage import credit as credit_of
+from egrpo_jax.training.config import RewardsConfig
 
 
 class AdvantageTest(chex.TestCase):
@@ -24,9 +27,9 @@ class AdvantageTest(chex.TestCase):
         chex.assert_trees_all_equal(self.variant(group_advantage)(rewards), jnp.zeros_like(rewards))
 
 
-def credit(rewards, weights, combination="advantages", clips=None, came=None):
+def credit(rewards, weights, combination="advantages", clips=None, came=None, **how):
     came = jnp.ones(next(iter(rewards.values())).shape, bool) if came is None else came
-    return credit_of(rewards, came, weights, combination, clips)
+    return credit_of(rewards, came, weights, clips, Credit(combination, **how))
 
 
 def test_credit_normalises_each_reward_before_weighting():
@@ -59,7 +62,7 @@ def test_means_and_stds_of_wider_sets(mean_of, std_of):
     came = np.ones(rewards.shape, bool)
     came[1, 2, 0, 3] = False
     rewards[1, 2, 0, 3] = 1e6
-    got = credit_of({"r": jnp.array(rewards)}, jnp.array(came), {"r": 1.0}, mean_of=mean_of, std_of=std_of)
+    got = credit({"r": jnp.array(rewards)}, {"r": 1.0}, came=jnp.array(came), mean_of=mean_of, std_of=std_of)
     left_out = np.zeros((3, 4), bool)
     left_out[1, 2] = True
 
@@ -82,8 +85,17 @@ def test_equal_rewards_of_a_wider_set_have_no_advantage():
     rewards = jnp.full((2, 3, 1, 4), 0.3).at[0, 1, 0, 2].set(0.8)
     got = credit({"r": rewards}, {"r": 1.0})
     assert (np.asarray(got) != 0).any(-1).tolist() == [[False, True, False], [False] * 3]
-    wide = credit_of({"r": rewards}, jnp.ones(rewards.shape, bool), {"r": 1.0}, mean_of="prompt", std_of="prompt")
+    wide = credit({"r": rewards}, {"r": 1.0}, mean_of="prompt", std_of="prompt")
     assert (np.asarray(wide) != 0).any(-1).tolist() == [[True] * 3, [False] * 3]
+
+
+def test_with_everything_off_it_is_the_papers_formula_to_the_last_bit():
+    """So do the config's defaults have it."""
+    r = jnp.array(np.random.default_rng(5).normal(size=(3, 4, 1, 12)), jnp.float32)
+    expected = (r - r.mean(-1, keepdims=True)) / (r.std(-1, ddof=1, keepdims=True) + 1e-8)
+    np.testing.assert_array_equal(credit_of({"r": r}, jnp.ones(r.shape, bool), {"r": 1.0}), expected[:, :, 0])
+    for choice in dataclasses.fields(Credit):
+        assert getattr(RewardsConfig(), choice.name) == choice.default
 
 
 def test_share_of_groups_without_spread():
@@ -137,3 +149,38 @@ def test_a_group_that_lacks_a_score_is_left_out_and_the_others_are_as_without_it
     kept = {name: jnp.stack([r[0, 0], r[0, 1], r[1, 1]])[None] for name, r in two_rewards().items()}
     expected = credit(kept, weights, combination)[0]
     chex.assert_trees_all_close(np.stack([got[0, 0], got[0, 1], got[1, 1]]), np.asarray(expected), atol=1e-5)
+
+
+def test_the_lowest_rewards_are_measured_by_a_mean_and_a_std_that_are_not_of_them():
+    """By hand: a quarter of four is one; the others of the first group have mean 4 and std 2, of the second 2 and 1."""
+    rewards = jnp.array([[[[2.0, -96, 4, 6]], [[3, 2, 1, 1]]]])
+    expected = np.array([[[-1.0, -50, 0, 1], [1, 0, -1, -1]]])  # of the two lowest, which are equal, either
+    np.testing.assert_allclose(credit({"r": rewards}, {"r": 1.0}, trim=0.25), expected, rtol=1e-6)
+    np.testing.assert_allclose(credit({"r": rewards}, {"r": 2.0}, "sum", trim=0.49), expected, rtol=1e-6)
+    assert credit({"r": rewards}, {"r": 1.0})[0, 0].max() < 0.6  # the outlier makes the others look alike
+
+
+def test_trimmed_advantages_restated():
+    rng = np.random.default_rng(3)
+    rewards = rng.normal(size=(3, 4, 2, 10)).astype(np.float32)  # [P, E, R, G]
+    came = np.ones(rewards.shape, bool)
+    came[2, 1, 1, 4], rewards[2, 1, 1, 4] = False, -1e9
+    got = credit({"r": jnp.array(rewards)}, {"r": 0.5}, came=jnp.array(came), trim=0.3)
+    kept = np.sort(rewards.astype(np.float64))[..., 3:]
+    expected = 0.5 * (rewards - kept.mean(-1, keepdims=True)) / kept.std(-1, ddof=1, keepdims=True)
+    expected[2, 1] = 0
+    np.testing.assert_allclose(got, expected.sum(2), atol=1e-5)
+
+
+def test_equal_rewards_above_the_trimmed_ones_teach_nothing():
+    """Their std is 0, by which the others would be infinitely bad."""
+    rewards = jnp.array([[[[0.3, 0.3, -1.0, 0.3, 0.3]]]])
+    np.testing.assert_array_equal(credit({"r": rewards}, {"r": 1.0}, trim=0.2), np.zeros((1, 1, 5)))
+    assert (credit({"r": rewards}, {"r": 1.0}) != 0).all()
+
+
+def test_a_share_is_so_many_samples():
+    assert [trimmed(share, 12) for share in (0.0, 0.08, 0.1, 0.25, 0.9)] == [0, 0, 1, 3, 10]
+    assert trimmed(0.29, 100) == 29
+    rewards = jnp.array(np.random.default_rng(4).normal(size=(3, 2, 1, 12)), jnp.float32)
+    np.testing.assert_array_equal(group_advantage(rewards, trim=0.08), group_advantage(rewards))
