@@ -31,12 +31,14 @@ class Credit:
       combination: how several rewards are combined.
       mean_of, std_of: the samples that rewards are normalised by, see `group_advantage`.
       trim: the share of each group that neither is of, see `group_advantage`.
+      absolute: the weight of the absolute term; 0: there is none.
     """
 
     combination: Combination = "advantages"
     mean_of: Over = "group"
     std_of: Over = "group"
     trim: float = 0.0
+    absolute: float = 0.0
 
 
 def group_advantage(
@@ -88,6 +90,10 @@ def credit(
     E-GRPO does. "decoupled": as "advantages", then normalised over all samples of the iteration, so that the size of an
     update does not depend on how many rewards there are (GDPO, arXiv:2601.05242).
 
+    What is normalised, each reward or the sum, gets an absolute term too: `absolute` times z = (R - mean)/(std + 1e-8)
+    of all samples of the iteration, at a tail stride, so that a sample gains by its prompt doing better than others (as
+    in AdaGRPO, arXiv:2606.06828, and VGPO, arXiv:2512.12387, of which this is the part within one iteration).
+
     The advantages of the tail strides are added (G2RPO). A group that lacks a score has advantage 0 and does not enter
     the normalisation over all samples.
 
@@ -95,25 +101,26 @@ def credit(
       rewards: for each reward `[P, E, R, G]`: prompts, active steps, tail strides, samples.
       came: `[P, E, R, G]`, whether a sample has all of its scores; a reward counts for nothing where it is False.
       weights: the weight of each training reward.
-      clips: rewards whose normalised advantage is clipped, to plus and minus so much; not for "sum".
+      clips: rewards whose normalised advantage, the absolute term included, is clipped, to plus and minus so much; not
+        for "sum".
       how: everything else that is a choice.
 
     Returns:
       `[P, E, G]`.
     """
-    normalised = lambda values: group_advantage(values, how.mean_of, how.std_of, complete_groups(came), how.trim)
+    judged = complete_groups(came)
+    normalised = lambda values: _normalised(values, judged, how)
     if how.combination == "sum":
         total = normalised(_weighted(rewards, weights))
     else:
         bounds = {name: (clips or {}).get(name, jnp.inf) for name in weights}
         total = _weighted({name: normalised(rewards[name]).clip(-c, c) for name, c in bounds.items()}, weights)
     advantage = total.sum(axis=2)
-    judged = complete_groups(came)[..., None]
     if how.combination == "decoupled":
-        everywhere = jnp.broadcast_to(judged, advantage.shape)
+        everywhere = jnp.broadcast_to(judged[..., None], advantage.shape)
         mean, std = advantage.mean(where=everywhere), advantage.std(where=everywhere, ddof=1)
         advantage = (advantage - mean) / (std + _EPS)
-    return jnp.where(judged, advantage, 0.0)
+    return jnp.where(judged[..., None], advantage, 0.0)
 
 
 def trimmed(trim: float, group_size: int) -> int:
@@ -129,6 +136,11 @@ def zero_spread_share(rewards: chex.Array) -> chex.Array:
 def complete_groups(came: chex.Array) -> chex.Array:
     """`[P, E]`: whether every sample of a group has its scores, at every tail stride of `came [P, E, R, G]`."""
     return came.all((2, 3))
+
+
+def _normalised(rewards: chex.Array, judged: chex.Array, how: Credit) -> chex.Array:
+    relative = group_advantage(rewards, how.mean_of, how.std_of, judged, how.trim)
+    return relative + how.absolute * group_advantage(rewards, "all", "all", judged) if how.absolute else relative
 
 
 def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:

@@ -37,7 +37,10 @@ class RewardsConfig:
       trim: the share of a group, its lowest rewards, that mean and std are not of (MixGRPO), whole samples, rounded
         down: one failed image does not make the others look alike. They get an advantage too, by the same mean and std.
         Only with both of "group".
-      clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
+      absolute: times z, the distance from the mean of all samples of the iteration by their std, is added to each
+        normalised advantage, with "sum" to that of the sum: a sample gains by its prompt doing better than others, also
+        where its group is tied (the absolute terms of AdaGRPO and VGPO, within one iteration).
+      clips: for each of them, where its normalised advantage, `absolute` included, is clipped; empty: nowhere.
       heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
         was for is left out of the update, and counted; "fail": the run saves and stops.
@@ -49,6 +52,7 @@ class RewardsConfig:
     mean_of: Over = "group"
     std_of: Over = "group"
     trim: Annotated[float, Range(0, 0.9)] = 0.0
+    absolute: Annotated[float, Range(0, 1000)] = 0.0
     clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"

@@ -89,6 +89,51 @@ def test_equal_rewards_of_a_wider_set_have_no_advantage():
     assert (np.asarray(wide) != 0).any(-1).tolist() == [[True] * 3, [False] * 3]
 
 
+def test_a_sample_gains_by_its_prompt_doing_better_than_others():
+    """By hand: all have mean 1 and std 4 / sqrt(7), the second group has mean 2 and std sqrt(8 / 3)."""
+    rewards = jnp.array([[[[0.0, 0, 0, 0]]], [[[0, 4, 2, 2]]]])  # [P, E, R, G]
+    z = (np.array([[0, 0, 0, 0], [0, 4, 2, 2]]) - 1) / np.sqrt(16 / 7)
+    relative = np.array([[0, 0, 0, 0], [-2, 2, 0, 0]]) / np.sqrt(8 / 3)
+    np.testing.assert_allclose(credit({"r": rewards}, {"r": 1.0}, absolute=0.5)[:, 0], relative + 0.5 * z, rtol=1e-6)
+    np.testing.assert_allclose(z[:, 2], [-0.66144, 0.66144], atol=1e-5)
+    equal = jnp.full((2, 3, 1, 12), 0.3)  # whose computed mean is not exactly 0.3
+    np.testing.assert_array_equal(credit({"r": equal}, {"r": 1.0}, absolute=1000.0), np.zeros((2, 3, 12)))
+
+
+@pytest.mark.parametrize("combination", ["advantages", "sum", "decoupled"])
+def test_the_absolute_term_restated(combination):
+    """Of each reward, or of their sum, over the groups that have all scores, each tail stride by itself."""
+    rng = np.random.default_rng(6)
+    rewards = {name: rng.normal(i, 1 + i, (3, 2, 2, 5)).astype(np.float32) for i, name in enumerate("ab")}
+    came = np.ones((3, 2, 2, 5), bool)
+    came[1, 0, 1, 2], rewards["a"][1, 0, 1, 2] = False, 1e9
+    weights, judged = {"a": 1.0, "b": -0.5}, np.array([[1, 1], [0, 1], [1, 1]], bool)
+    got = credit({k: jnp.array(v) for k, v in rewards.items()}, weights, combination, came=came, absolute=0.7)
+
+    def normalised(r):
+        r = r[judged].astype(np.float64)  # [groups, R, G]
+        relative = (r - r.mean(-1, keepdims=True)) / r.std(-1, ddof=1, keepdims=True)
+        return relative + 0.7 * (r - r.mean((0, 2), keepdims=True)) / r.std((0, 2), ddof=1, keepdims=True)
+
+    parts = {name: weight * rewards[name] for name, weight in weights.items()}
+    each = {name: weight * normalised(rewards[name]) for name, weight in weights.items()}
+    expected = (normalised(parts["a"] + parts["b"]) if combination == "sum" else each["a"] + each["b"]).sum(1)
+    if combination == "decoupled":
+        expected = (expected - expected.mean()) / expected.std(ddof=1)
+    np.testing.assert_allclose(got[judged], expected, atol=2e-5)
+    np.testing.assert_array_equal(got[1, 0], 0)
+
+
+def test_a_clip_is_of_both_terms_together():
+    rewards = {"r": jnp.array([[[[0.0, 0, 0, 0]]], [[[0, 4, 2, 2]]]])}
+    free, clipped = (
+        credit(rewards, {"r": 1.0}, absolute=0.5),
+        credit(rewards, {"r": 1.0}, clips={"r": 1.3}, absolute=0.5),
+    )
+    assert free.max() > 2.0
+    np.testing.assert_array_equal(clipped, free.clip(-1.3, 1.3))
+
+
 def test_with_everything_off_it_is_the_papers_formula_to_the_last_bit():
     """So do the config's defaults have it."""
     r = jnp.array(np.random.default_rng(5).normal(size=(3, 4, 1, 12)), jnp.float32)
