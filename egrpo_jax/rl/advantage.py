@@ -32,6 +32,7 @@ class Credit:
       mean_of, std_of: the samples that rewards are normalised by, see `group_advantage`.
       trim: the share of each group that neither is of, see `group_advantage`.
       absolute: the weight of the absolute term; 0: there is none.
+      best_of: samples of each group that train, an even number up to G; None: all.
     """
 
     combination: Combination = "advantages"
@@ -39,6 +40,7 @@ class Credit:
     std_of: Over = "group"
     trim: float = 0.0
     absolute: float = 0.0
+    best_of: int | None = None
 
 
 def group_advantage(
@@ -91,11 +93,15 @@ def credit(
     update does not depend on how many rewards there are (GDPO, arXiv:2601.05242).
 
     What is normalised, each reward or the sum, gets an absolute term too: `absolute` times z = (R - mean)/(std + 1e-8)
-    of all samples of the iteration, at a tail stride, so that a sample gains by its prompt doing better than others (as
+    of all samples of the iteration at that stride, so that a sample gains by its prompt doing better than others (as
     in AdaGRPO, arXiv:2606.06828, and VGPO, arXiv:2512.12387, of which this is the part within one iteration).
 
     The advantages of the tail strides are added (G2RPO). A group that lacks a score has advantage 0 and does not enter
     the normalisation over all samples.
+
+    At last, only the `best_of` = n samples of a group with the n/2 highest and the n/2 lowest advantages train
+    (DanceGRPO's code for HunyuanVideo, arXiv:2505.07818): those of the others become 0, these are multiplied by G/n,
+    so that the loss, a mean over G, is the mean over them. Among equal ones the order of the samples decides.
 
     Args:
       rewards: for each reward `[P, E, R, G]`: prompts, active steps, tail strides, samples.
@@ -120,7 +126,8 @@ def credit(
         everywhere = jnp.broadcast_to(judged[..., None], advantage.shape)
         mean, std = advantage.mean(where=everywhere), advantage.std(where=everywhere, ddof=1)
         advantage = (advantage - mean) / (std + _EPS)
-    return jnp.where(judged[..., None], advantage, 0.0)
+    advantage = jnp.where(judged[..., None], advantage, 0.0)
+    return advantage if how.best_of is None else _extremes(advantage, how.best_of)
 
 
 def trimmed(trim: float, group_size: int) -> int:
@@ -141,6 +148,13 @@ def complete_groups(came: chex.Array) -> chex.Array:
 def _normalised(rewards: chex.Array, judged: chex.Array, how: Credit) -> chex.Array:
     relative = group_advantage(rewards, how.mean_of, how.std_of, judged, how.trim)
     return relative + how.absolute * group_advantage(rewards, "all", "all", judged) if how.absolute else relative
+
+
+def _extremes(advantage: chex.Array, count: int) -> chex.Array:
+    size = advantage.shape[-1]
+    rank = jnp.argsort(jnp.argsort(advantage))  # both stable: exactly `count` are kept, however many are equal
+    kept = (rank < count // 2) | (rank >= size - count // 2)
+    return jnp.where(kept, advantage * (size / count), 0.0)
 
 
 def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:

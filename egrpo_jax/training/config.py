@@ -40,6 +40,8 @@ class RewardsConfig:
       absolute: times z, the distance from the mean of all samples of the iteration by their std, is added to each
         normalised advantage, with "sum" to that of the sum: a sample gains by its prompt doing better than others, also
         where its group is tied (the absolute terms of AdaGRPO and VGPO, within one iteration).
+      best_of: n, an even number: only the n/2 highest and n/2 lowest advantages of a group train, G/n times as much,
+        so that the loss is the mean over them (DanceGRPO, 8 of 24); None: all. `learner.advantage_clip` comes after.
       clips: for each of them, where its normalised advantage, `absolute` included, is clipped; empty: nowhere.
       heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
@@ -53,6 +55,7 @@ class RewardsConfig:
     std_of: Over = "group"
     trim: Annotated[float, Range(0, 0.9)] = 0.0
     absolute: Annotated[float, Range(0, 1000)] = 0.0
+    best_of: Annotated[int, Range(2, 100_000, multiple_of=2)] | None = None
     clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
@@ -170,9 +173,11 @@ class TrainConfig:
 
     def _check_group(self) -> None:
         """Raises ConfigError for rewards that ask more of a group than it has samples."""
-        size, trim = getattr(self.plan, "group_size", None), self.rewards.trim
+        size, trim, best_of = getattr(self.plan, "group_size", None), self.rewards.trim, self.rewards.best_of
         if size is None:
             return
+        if best_of is not None and best_of > size:
+            raise ConfigError("rewards.best_of", best_of, f"at most plan.group_size, {size}")
         if trim and size - trimmed(trim, size) < 2:
             raise ConfigError("rewards.trim", trim, f"a share that leaves two or more of plan.group_size, {size}")
 

@@ -1,7 +1,5 @@
 """Advantages, worked out by hand."""
 
-import dataclasses
-
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 from egrpo_jax.rl.advantage import Credit, complete_groups, group_advantage, trimmed, zero_spread_share
 from egrpo_jax.rl.advantage import credit as credit_of
-from egrpo_jax.training.config import RewardsConfig
 
 
 class AdvantageTest(chex.TestCase):
@@ -134,13 +131,49 @@ def test_a_clip_is_of_both_terms_together():
     np.testing.assert_array_equal(clipped, free.clip(-1.3, 1.3))
 
 
+def test_only_the_best_and_the_worst_of_a_group_train():
+    """By hand: 4 of 6 weigh 6/4 as much; the mean over the group is that over the four as they were."""
+    rewards = jnp.array([[[[5.0, 1, 2, 9, 4, 3]], [[1, 0, 1, 0, 1, 1]]]])  # [P=1, E=2, R=1, G=6]
+    all_of_them = np.asarray(credit({"r": rewards}, {"r": 1.0}))
+    got = np.asarray(credit({"r": rewards}, {"r": 1.0}, best_of=4))
+    # Of the four equal ones of the second group the last two are the highest: that order decides.
+    kept = np.array([[[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 1]]], bool)
+    np.testing.assert_array_equal(got != 0, kept)
+    np.testing.assert_allclose(got, np.where(kept, 1.5 * all_of_them, 0), rtol=1e-6)
+    np.testing.assert_allclose(got[0, 0], 1.5 * np.array([1.0, -3, -2, 5, 0, 0]) / 8**0.5, rtol=1e-6)
+    np.testing.assert_allclose(got[0].mean(-1), [all_of_them[0, e, kept[0, e]].mean() for e in (0, 1)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("combination", ["advantages", "sum", "decoupled"])
+def test_the_best_and_the_worst_restated_after_everything_else(combination):
+    rng = np.random.default_rng(7)
+    rewards = {name: jnp.array(rng.normal(size=(3, 2, 2, 8)), jnp.float32) for name in "ab"}
+    came = jnp.ones((3, 2, 2, 8), bool).at[0, 1, 0, 7].set(False)
+    others = {"came": came, "trim": 0.25, "absolute": 0.5}
+    full = np.asarray(credit(rewards, {"a": 1.0, "b": 2.0}, combination, **others))
+    got = np.asarray(credit(rewards, {"a": 1.0, "b": 2.0}, combination, best_of=2, **others))
+    expected = np.zeros_like(full)
+    for p, e in np.ndindex(3, 2):
+        ends = [full[p, e].argmax(), full[p, e].argmin()]
+        expected[p, e, ends] = 4 * full[p, e, ends]
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(got[0, 1], 0)
+
+
+def test_the_best_of_all_are_all_and_equal_ones_teach_nothing():
+    rewards = {"r": jnp.array(np.random.default_rng(8).normal(size=(3, 2, 1, 6)), jnp.float32)}
+    np.testing.assert_array_equal(credit(rewards, {"r": 1.0}, best_of=6), credit(rewards, {"r": 1.0}))
+    tied = credit({"r": jnp.full((1, 1, 1, 6), 0.3)}, {"r": 1.0}, best_of=2)
+    np.testing.assert_array_equal(tied, np.zeros((1, 1, 6)))
+    # Tied, but better than other prompts': still as many as were asked for.
+    lifted = credit({"r": jnp.array([[[[1.0] * 6]], [[[0.0] * 6]]])}, {"r": 1.0}, absolute=1.0, best_of=2)
+    assert (np.asarray(lifted) != 0).tolist() == 2 * [[[True, False, False, False, False, True]]]
+
+
 def test_with_everything_off_it_is_the_papers_formula_to_the_last_bit():
-    """So do the config's defaults have it."""
     r = jnp.array(np.random.default_rng(5).normal(size=(3, 4, 1, 12)), jnp.float32)
     expected = (r - r.mean(-1, keepdims=True)) / (r.std(-1, ddof=1, keepdims=True) + 1e-8)
     np.testing.assert_array_equal(credit_of({"r": r}, jnp.ones(r.shape, bool), {"r": 1.0}), expected[:, :, 0])
-    for choice in dataclasses.fields(Credit):
-        assert getattr(RewardsConfig(), choice.name) == choice.default
 
 
 def test_share_of_groups_without_spread():
