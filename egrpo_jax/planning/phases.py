@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from egrpo_jax.common.offload import HOST
@@ -121,12 +122,13 @@ def _arguments(job: Job, deal: Deal, mesh: Mesh, phase: str) -> tuple[Any, ...]:
     count = job.rollouts_at_once
     if phase == "rollout":
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        return params, job.plan.schedule(), _conditioning(job, mesh, count), _array(mesh, keys.shape, keys.dtype)
+        schedule = jax.tree.map(lambda table: _replicated(mesh, table), job.plan.schedule())
+        return params, schedule, _conditioning(job, mesh, count), _array(mesh, keys.shape, keys.dtype)
     if phase == "decode":
         return params, _array(mesh, (len(deal.sample), *job.pipeline.latents_shape))
     frozen, plan = partition(params, job.pipeline.trainable)[1], job.plan
     advantage = _array(mesh, (job.rollouts, len(plan.branches), plan.group_size))
-    weights = jax.ShapeDtypeStruct((len(plan.branches),), jnp.float32)
+    weights = _replicated(mesh, np.ones(len(plan.branches), np.float32))
     inputs = abstract_transitions(job, mesh), advantage, weights, _conditioning(job, mesh, job.rollouts)
     return abstract_state(job, mesh), frozen, *inputs
 
@@ -153,6 +155,11 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.
     """An array whose rows are spread over all devices, where these divide them."""
     spec = REPLICATED if shape[0] % sample_devices(mesh) else over_samples()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _replicated(mesh: Mesh, table: np.ndarray) -> jax.ShapeDtypeStruct:
+    """A table that every device has."""
+    return jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=NamedSharding(mesh, REPLICATED))
 
 
 def named_arguments(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:

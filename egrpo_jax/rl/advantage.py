@@ -6,6 +6,7 @@ no number has to.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -22,8 +23,32 @@ _EPS = 1e-8
 _AXES = {"group": (-1,), "prompt": (-3, -1), "all": (-4, -3, -1)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Credit:
+    """The choices of `credit`; the defaults are E-GRPO's, and for several rewards G2RPO's.
+
+    Attributes:
+      combination: how several rewards are combined.
+      mean_of, std_of: the samples that rewards are normalised by, see `group_advantage`.
+      trim: the share of each group that neither is of, see `group_advantage`.
+      absolute: the weight of the absolute term; 0: there is none.
+      best_of: samples of each group that train, an even number up to G; None: all.
+    """
+
+    combination: Combination = "advantages"
+    mean_of: Over = "group"
+    std_of: Over = "group"
+    trim: float = 0.0
+    absolute: float = 0.0
+    best_of: int | None = None
+
+
 def group_advantage(
-    rewards: chex.Array, mean_of: Over = "group", std_of: Over = "group", judged: chex.Array | None = None
+    rewards: chex.Array,
+    mean_of: Over = "group",
+    std_of: Over = "group",
+    judged: chex.Array | None = None,
+    trim: float = 0.0,
 ) -> chex.Array:
     """(R - mean) / (std + 1e-8), with the sample std (n - 1): of the group both in GRPO, where G samples are a group.
 
@@ -35,17 +60,21 @@ def group_advantage(
       mean_of: the samples that others are compared with.
       std_of: the samples by whose spread they are measured.
       judged: `[P, E]`, groups that count in sets of several; by default all.
+      trim: the share of each group, its lowest rewards, that neither mean nor std is of; they are measured by the same
+        (MixGRPO). Whole samples, rounded down, see `trimmed`.
 
     Returns:
       Advantages, like `rewards`.
     """
+    lowest = trimmed(trim, rewards.shape[-1])
+    typical = jnp.sort(rewards)[..., lowest:] if lowest else rewards
 
     def counted(of: Over) -> chex.Array | None:
-        return None if judged is None or of == "group" else jnp.broadcast_to(judged[..., None, None], rewards.shape)
+        return None if judged is None or of == "group" else jnp.broadcast_to(judged[..., None, None], typical.shape)
 
-    mean = jnp.mean(rewards, _AXES[mean_of], keepdims=True, where=counted(mean_of))
-    std = jnp.std(rewards, _AXES[std_of], ddof=1, keepdims=True, where=counted(std_of))
-    equal = _all_equal(rewards, _AXES[std_of], counted(std_of))
+    mean = jnp.mean(typical, _AXES[mean_of], keepdims=True, where=counted(mean_of))
+    std = jnp.std(typical, _AXES[std_of], ddof=1, keepdims=True, where=counted(std_of))
+    equal = _all_equal(typical, _AXES[std_of], counted(std_of))
     return jnp.where(equal, 0.0, (rewards - mean) / (std + _EPS))
 
 
@@ -53,10 +82,8 @@ def credit(
     rewards: Mapping[str, chex.Array],
     came: chex.Array,
     weights: Mapping[str, float],
-    combination: Combination = "advantages",
     clips: Mapping[str, float] | None = None,
-    mean_of: Over = "group",
-    std_of: Over = "group",
+    how: Credit = Credit(),
 ) -> chex.Array:
     """Advantages of the branches' samples.
 
@@ -65,33 +92,47 @@ def credit(
     E-GRPO does. "decoupled": as "advantages", then normalised over all samples of the iteration, so that the size of an
     update does not depend on how many rewards there are (GDPO, arXiv:2601.05242).
 
+    What is normalised, each reward or the sum, gets an absolute term too: `absolute` times z = (R - mean)/(std + 1e-8)
+    of all samples of the iteration at that stride, so that a sample gains by its prompt doing better than others (as
+    in AdaGRPO, arXiv:2606.06828, and VGPO, arXiv:2512.12387, of which this is the part within one iteration).
+
     The advantages of the tail strides are added (G2RPO). A group that lacks a score has advantage 0 and does not enter
     the normalisation over all samples.
+
+    At last, only the `best_of` = n samples of a group with the n/2 highest and the n/2 lowest advantages train
+    (DanceGRPO's code for HunyuanVideo, arXiv:2505.07818): those of the others become 0, these are multiplied by G/n,
+    so that the loss, a mean over G, is the mean over them. Among equal ones the order of the samples decides.
 
     Args:
       rewards: for each reward `[P, E, R, G]`: prompts, active steps, tail strides, samples.
       came: `[P, E, R, G]`, whether a sample has all of its scores; a reward counts for nothing where it is False.
       weights: the weight of each training reward.
-      combination: how they are combined.
-      clips: rewards whose normalised advantage is clipped, to plus and minus so much; not for "sum".
-      mean_of, std_of: what rewards are normalised by, see `group_advantage`.
+      clips: rewards whose normalised advantage, the absolute term included, is clipped, to plus and minus so much; not
+        for "sum".
+      how: everything else that is a choice.
 
     Returns:
       `[P, E, G]`.
     """
-    normalised = lambda values: group_advantage(values, mean_of, std_of, complete_groups(came))
-    if combination == "sum":
+    judged = complete_groups(came)
+    normalised = lambda values: _normalised(values, judged, how)
+    if how.combination == "sum":
         total = normalised(_weighted(rewards, weights))
     else:
         bounds = {name: (clips or {}).get(name, jnp.inf) for name in weights}
         total = _weighted({name: normalised(rewards[name]).clip(-c, c) for name, c in bounds.items()}, weights)
     advantage = total.sum(axis=2)
-    judged = complete_groups(came)[..., None]
-    if combination == "decoupled":
-        everywhere = jnp.broadcast_to(judged, advantage.shape)
+    if how.combination == "decoupled":
+        everywhere = jnp.broadcast_to(judged[..., None], advantage.shape)
         mean, std = advantage.mean(where=everywhere), advantage.std(where=everywhere, ddof=1)
         advantage = (advantage - mean) / (std + _EPS)
-    return jnp.where(judged, advantage, 0.0)
+    advantage = jnp.where(judged[..., None], advantage, 0.0)
+    return advantage if how.best_of is None else _extremes(advantage, how.best_of)
+
+
+def trimmed(trim: float, group_size: int) -> int:
+    """The number of a group's samples that the share `trim` is, rounded down; the product's own error counts not."""
+    return int(trim * group_size + 1e-6)  # 0.29 * 100 is 28.999... in binary
 
 
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
@@ -108,6 +149,20 @@ def over_parts(values: chex.Array, parts: int) -> chex.Array:
     """The means `[..., parts]` of equal parts of `[..., G]`; of what is true or false, if all of a part is true."""
     apart = values.reshape(*values.shape[:-1], parts, -1)
     return apart.all(-1) if values.dtype == bool else apart.mean(-1)
+
+
+def _normalised(rewards: chex.Array, judged: chex.Array, how: Credit) -> chex.Array:
+    relative = group_advantage(rewards, how.mean_of, how.std_of, judged, how.trim)
+    return relative + how.absolute * group_advantage(rewards, "all", "all", judged) if how.absolute else relative
+
+
+def _extremes(advantage: chex.Array, count: int) -> chex.Array:
+    size = advantage.shape[-1]
+    if count >= size:  # as at the upper depths of a tree
+        return advantage
+    rank = jnp.argsort(jnp.argsort(advantage))  # both stable: exactly `count` are kept, however many are equal
+    kept = (rank < count // 2) | (rank >= size - count // 2)
+    return jnp.where(kept, advantage * (size / count), 0.0)
 
 
 def _weighted(values: Mapping[str, chex.Array], weights: Mapping[str, float]) -> chex.Array:

@@ -14,7 +14,7 @@ from egrpo_jax.common.ranges import Count, Range, Seed, check
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.rewards import ScorersConfig
-from egrpo_jax.rl.advantage import Combination, Over
+from egrpo_jax.rl.advantage import Combination, Over, trimmed
 from egrpo_jax.rl.algorithms.base import Algorithm
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
@@ -35,7 +35,15 @@ class RewardsConfig:
         "prompt", those of all active steps of its prompt, so that a step that does better than others gains; "all".
       std_of: the samples by whose spread that is measured, as wide a choice or a wider one: "all" is Flow-GRPO's global
         std, "prompt" with `mean_of` "group" lets steps that matter more weigh more.
-      clips: for each of them, where its normalised advantage is clipped; empty: nowhere.
+      trim: the share of a group, its lowest rewards, that mean and std are not of (MixGRPO), whole samples, rounded
+        down: one failed image does not make the others look alike. They get an advantage too, by the same mean and std.
+        Only with both of "group".
+      absolute: times z, the distance from the mean of all samples of the iteration by their std, is added to each
+        normalised advantage, with "sum" to that of the sum: a sample gains by its prompt doing better than others, also
+        where its group is tied (the absolute terms of AdaGRPO and VGPO, within one iteration).
+      best_of: n, an even number: only the n/2 highest and n/2 lowest advantages of a group train, G/n times as much,
+        so that the loss is the mean over them (DanceGRPO, 8 of 24); None: all. `learner.advantage_clip` comes after.
+      clips: for each of them, where its normalised advantage, `absolute` included, is clipped; empty: nowhere.
       heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
         was for is left out of the update, and counted; "fail": the run saves and stops.
@@ -46,6 +54,9 @@ class RewardsConfig:
     combination: Combination = "advantages"
     mean_of: Over = "group"
     std_of: Over = "group"
+    trim: Annotated[float, Range(0, 0.9)] = 0.0
+    absolute: Annotated[float, Range(0, 1000)] = 0.0
+    best_of: Annotated[int, Range(2, 100_000, multiple_of=2)] | None = None
     clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
@@ -58,16 +69,21 @@ class RewardsConfig:
             raise ConfigError("weights", self.weights, f"one weight for each of the {len(self.train)} rewards")
         if not any(self.weights):
             raise ConfigError("weights", self.weights, "a weight other than 0")
+        names = self.train + self.heldout
+        if len(set(names)) != len(names):
+            raise ConfigError("heldout", self.heldout, "every reward once, in train or in heldout")
+        self._check_credit()
+
+    def _check_credit(self) -> None:
         if self.clips and len(self.clips) != len(self.train):
             raise ConfigError("clips", self.clips, f"nothing, or a number for each of {self.train}")
         widths = get_args(Over)
         if widths.index(self.std_of) < widths.index(self.mean_of):
             raise ConfigError("std_of", self.std_of, f"{self.mean_of!r}, as mean_of is, or a wider set")
+        if self.trim and (self.mean_of, self.std_of) != ("group", "group"):
+            raise ConfigError("trim", self.trim, "0, or 'group' as mean_of and std_of: a group is what is trimmed")
         if self.clips and self.combination == "sum":
             raise ConfigError("clips", self.clips, "nothing: 'sum' normalises no reward by itself")
-        names = self.train + self.heldout
-        if len(set(names)) != len(names):
-            raise ConfigError("heldout", self.heldout, "every reward once, in train or in heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +170,17 @@ class TrainConfig:
         if rollout is not None and self.prompts_per_iteration % rollout:
             expected = f"a divisor of prompts_per_iteration, {self.prompts_per_iteration}"
             raise ConfigError("prompts_per_rollout", rollout, expected)
+        self._check_group()
+
+    def _check_group(self) -> None:
+        """Raises ConfigError for rewards that ask more of a group than it has samples."""
+        size, trim, best_of = getattr(self.plan, "group_size", None), self.rewards.trim, self.rewards.best_of
+        if size is None:
+            return
+        if best_of is not None and best_of > size:
+            raise ConfigError("rewards.best_of", best_of, f"at most plan.group_size, {size}")
+        if trim and size - trimmed(trim, size) < 2:
+            raise ConfigError("rewards.trim", trim, f"a share that leaves two or more of plan.group_size, {size}")
 
 
 def _check_prompts(source: str) -> None:

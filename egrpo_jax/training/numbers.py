@@ -71,7 +71,7 @@ def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState)
 
 
 def speed_numbers(job: Job, plan: Plan, timer: PhaseTimer, compiled: Sequence[float]) -> dict[str, float]:
-    """Of an iteration of `plan`: seconds by phase, images a second, how many programs were `compiled` in how many seconds.
+    """Of an iteration of `plan`: seconds by phase, images a second, how many programs were `compiled` in how long.
 
     Where they are known, peak device memory and each phase's model FLOP utilisation (PaLM, arXiv:2204.02311, appendix
     B): the model's operations, without what remat repeats, by those of the devices' peak.

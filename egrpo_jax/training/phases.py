@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -14,7 +15,7 @@ import numpy as np
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_devices, spread
-from egrpo_jax.rl.advantage import complete_groups, credit
+from egrpo_jax.rl.advantage import Credit, complete_groups, credit
 from egrpo_jax.rl.deal import deal_prompts, deal_states
 from egrpo_jax.rl.plan import Deal
 from egrpo_jax.rl.transitions import Rollout, Transitions
@@ -97,10 +98,8 @@ def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array) -> chex.A
     config = job.config.rewards
     weights = dict(zip(config.train, config.weights, strict=True))
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
-
-    def normalise(values: Mapping[str, chex.Array], came: chex.Array) -> chex.Array:
-        return credit(values, came, weights, config.combination, clips, config.mean_of, config.std_of)
-
+    how = Credit(**{choice.name: getattr(config, choice.name) for choice in dataclasses.fields(Credit)})
+    normalise = lambda values, came: credit(values, came, weights, clips, how)
     return jnp.where(complete_groups(came).any(), job.plan.credit(normalise, values, came), jnp.nan)
 
 
