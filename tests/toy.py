@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.pipelines import Pipeline
+from egrpo_jax.rl.algorithms.base import Algorithm
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -32,6 +33,23 @@ def conditioning(num_prompts, seed=1):
 def velocity(params, latents, time, conditioning):
     text = (conditioning["text"] @ params["text"])[:, None]
     return jnp.tanh(latents @ params["mix"] + time[:, None, None] * params["time"] + text)
+
+
+SMALL = {
+    "egrpo": {"num_steps": 6, "group_size": 4},
+    "g2rpo": {"num_steps": 6, "group_size": 4, "active": 3},
+    "tempflow_grpo": {"num_steps": 4, "group_size": 3, "seeds": 2},
+    "flow_grpo": {"num_steps": 4, "group_size": 4},
+    "flow_grpo_fast": {"num_steps": 6, "group_size": 4, "window": 2, "window_end": 5},
+    "dance_grpo": {"num_steps": 7, "group_size": 4},
+    "mix_grpo": {"num_steps": 7, "group_size": 4, "window": 3, "move_every": 1, "tail_share": 0.5},
+    "branch_grpo": {"num_steps": 7, "group_size": 4, "splits": (0, 2), "pruned": 2, "prune_every": 1},
+}
+"""Sizes of each algorithm for tests."""
+
+
+def small(name):
+    return Algorithm.variant({"algorithm": name})(**SMALL[name])
 
 
 class Counting:
@@ -124,14 +142,15 @@ def get_config(variant=""):
     """A config file for the programs: `tests/toy.py`, or with a variant after a colon."""
     rewards = {"slow": "slow_brightness", "breaks": "breaks_after_five", "unreliable": "unreliable"}
     reward = rewards.get(variant, "redness")
+    own = variant in SMALL
     config = train_config(
         TrainConfig(
             name="toy",
             num_iterations=12,
             prompts_per_iteration=8,
             rewards=RewardsConfig(train=(f"tests.toy:{reward}",), heldout=("tests.toy:brightness",)),
-            plan=EGrpo(num_steps=4, group_size=4),
-            learner=LearnerConfig(updates="per_active_step", clip_range=1e-2, ema_decay=0.9),
+            plan=small(variant) if own else EGrpo(num_steps=4, group_size=4),
+            learner=LearnerConfig(updates="joint" if own else "per_active_step", clip_range=1e-2, ema_decay=0.9),
             optim=OptimConfig(learning_rate=3e-3),
             evaluation=EvaluationConfig(every=4, batch=16, kept=4),
             checkpoint=CheckpointConfig(every=3),

@@ -150,7 +150,7 @@ class Plan(abc.ABC):
           shape: (N, D) of the latents.
 
         Returns:
-          Transitions of each of `blocks`, `[P, M, S]` or a part of the states, and latents in the order of `deal`.
+          Transitions of each of `blocks`, `[P, M, S]`, or those of some states; latents in the order of `deal`.
         """
 
     @abc.abstractmethod

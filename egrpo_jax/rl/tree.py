@@ -12,6 +12,7 @@ If a prompt's samples are shared among several workers, each takes leaves that a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -192,7 +193,7 @@ class TreePlan(Plan):
         keys: chex.Array,
         shape: tuple[int, int],
     ) -> Rollout:
-        """See `Plan`; the states are those of a worker's own samples."""
+        """See `Plan`; the states are those on the way to a worker's own samples."""
         walker = _Walker(self, velocity_fn, params, schedule, conditioning, keys, deal.first[0], len(deal.sample))
         x = walker.to_first_step(walker.roots(shape))
         parts: dict[int, list[Transitions]] = {size: [] for size in self._sizes}
@@ -204,17 +205,32 @@ class TreePlan(Plan):
         return Rollout(blocks, walker.tails(x).reshape(-1, *shape))
 
     def gather(self, transitions: tuple[Transitions, ...], num_rows: int, workers: int) -> tuple[Transitions, ...]:
-        """The states of each rollout, of one worker after another."""
+        """Each state from the first of the workers that have it."""
         teams = math.gcd(num_rows, workers)
         members, each = workers // teams, num_rows // teams
         if members == 1:
             return transitions
 
-        def merge(x: chex.Array) -> chex.Array:
-            apart = x.reshape(teams, members, each, *x.shape[1:])
-            return apart.swapaxes(1, 2).reshape(num_rows, members * x.shape[1], *x.shape[2:])
+        def merge(children: int, x: chex.Array) -> chex.Array:
+            owner, place = self._places(children, members)
+            found = x.reshape(teams, members, each, *x.shape[1:])[:, owner, :, place]
+            return jnp.moveaxis(found, 0, 2).reshape(num_rows, len(owner), *x.shape[2:])
 
-        return jax.tree.map(merge, transitions)
+        sizes = zip(self._sizes, transitions, strict=True)
+        return tuple(jax.tree.map(functools.partial(merge, size), block) for size, block in sizes)
+
+    def _places(self, children: int, members: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each state of a block, the first of the workers that share a rollout to have it, and its place there."""
+        owners, places, taken = [], [], 0
+        for run in self.runs:
+            if run.children == children:
+                length, own = self._trained(run), max(1, run.width // members)
+                state = np.arange(run.width)
+                owner = state * members // run.width
+                owners += [owner] * length
+                places += [taken + step * own + state - owner * run.width // members for step in range(length)]
+                taken += length * own
+        return np.concatenate(owners), np.concatenate(places)
 
     def credit(self, normalise: Normalise, values: Any, came: chex.Array) -> chex.Array:
         """See `Plan`: at each random step the advantage of the sample, or of its ancestor among all of that depth."""
@@ -287,21 +303,21 @@ class _Walker:
         return jax.tree.map(flat, steps), x
 
     def _random_step(self, run: Run, x: chex.Array, row: tuple[chex.Array, ...]) -> tuple[Transitions, chex.Array]:
-        """A random step of all states, to the children that are the worker's own."""
+        """A random step of all states to all children, and those of them that are the worker's own."""
         index, step, *numbers = row
-        states, after = x.shape[:2], self._width(run.width * run.children)
+        states = x.shape[:2]
         time, next_time, noise = (jnp.broadcast_to(number, states) for number in numbers)
         kernel = group_kernel(self.plan.process, x, self.velocity(x, numbers[0]), time, next_time, noise)
-        own = self._numbers(run.width * run.children)
-        fresh = step_noise(self.keys, step[None], own, x.shape[2:]).reshape(*states, after // states[1], *x.shape[2:])
-        there = draw(kernel, fresh)
+        children = (self._numbers(run.width)[:, None] * run.children + jnp.arange(run.children)).ravel()
+        fresh = step_noise(self.keys, step[None], children, x.shape[2:])
+        there = draw(kernel, fresh.reshape(*states, run.children, *x.shape[2:]))
         density = log_prob(kernel, there)
-        sample = (own * (self.plan.group_size // (run.width * run.children))).reshape(states[1], -1)
-        kept = Transitions(
-            x, there, time, next_time, noise, density,
-            jnp.broadcast_to(index, states), jnp.broadcast_to(sample, density.shape),
-        )  # fmt: skip
-        return kept, there.reshape(states[0], after, *x.shape[2:])
+        sample = (children * (self.plan.group_size // (run.width * run.children))).reshape(states[1], -1)
+        whole = [jnp.broadcast_to(index, states), jnp.broadcast_to(sample, density.shape)]
+        kept = Transitions(x, there, time, next_time, noise, density, *whole)
+        after = there.reshape(states[0], -1, *x.shape[2:])
+        own = self._numbers(run.width * run.children)
+        return kept, after if len(own) == len(children) else after[:, own - children[0]]
 
     def _kept(self, steps: Transitions) -> Transitions:
         """Of transitions `[L, P, W]` those that train: the schedule's, or so many that each sample draws."""
