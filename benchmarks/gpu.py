@@ -56,8 +56,8 @@ from egrpo_jax.parallel.mesh import MeshConfig, compiled, make_mesh
 from egrpo_jax.pipelines.flux import FLOW_GRPO
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_tails
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.transitions import prompt_keys
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.run.timing import peak_device_memory, peak_flops
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job

@@ -27,8 +27,8 @@ from egrpo_jax.planning.cost import phase_cost
 from egrpo_jax.planning.devices import GIB, slice_devices
 from egrpo_jax.planning.phases import sketch_job
 from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
 SCALED = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")

@@ -9,8 +9,8 @@ Hardware: 2 CPU cores are enough, and then a run takes 5 to 6 minutes. What to e
 import dataclasses
 
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 JUDGES = ("emoji_judge", "emoji_judge_r1", "emoji_judge_r10")

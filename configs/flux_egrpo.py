@@ -22,7 +22,7 @@ import ml_collections
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxOptions
-from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 REWARDS = {"hps": "hpsv2.1", "clip": "clip_score"}

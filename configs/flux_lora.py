@@ -22,8 +22,8 @@ import ml_collections
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxOptions
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 ADAPTERS = {"flow_grpo": FLOW_GRPO, "dance_grpo": DANCE_GRPO}

@@ -14,8 +14,8 @@ import ml_collections
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 FLUX_SCHNELL = TrainConfig(

@@ -13,7 +13,8 @@ from PIL import Image
 
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.parallel.mesh import make_mesh
-from egrpo_jax.rl.update import LearnerConfig, init_state
+from egrpo_jax.rl.learner import LearnerConfig
+from egrpo_jax.rl.update import init_state
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import TrainConfig

@@ -16,8 +16,8 @@ from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
 from egrpo_jax.pipelines.flux.loading import decoder_shapes, transformer_shapes
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.clip import clip_text_layout

@@ -9,8 +9,8 @@ import numpy as np
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.rl.algorithms.base import Algorithm
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import CheckpointConfig, EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
 SHAPE = (6, 5)
@@ -43,6 +43,9 @@ SMALL = {
     "flow_grpo_fast": {"num_steps": 6, "group_size": 4, "window": 2, "window_end": 5},
     "dance_grpo": {"num_steps": 7, "group_size": 4},
     "mix_grpo": {"num_steps": 7, "group_size": 4, "window": 3, "move_every": 1, "tail_share": 0.5},
+    "diffusion_nft": {"num_steps": 5, "group_size": 4, "pairs": 3},
+    "awm": {"num_steps": 5, "group_size": 4, "pairs": 2},
+    "v_grpo": {"num_steps": 5, "group_size": 4, "pairs": 2},
     "branch_grpo": {"num_steps": 7, "group_size": 4, "splits": (0, 2), "pruned": 2, "prune_every": 1},
 }
 """Sizes of each algorithm for tests."""

@@ -60,7 +60,7 @@ def count_passes(job: Job) -> Passes:
         shared=job.rollouts * plan.shared_passes,
         own=job.rollouts * plan.own_passes,
         training=states * learner.epochs,
-        scoring=states * learner.is_scored(len(plan.branches)),
+        scoring=states * learner.scorings(len(plan.branches)),
         images=job.rollouts * plan.decodes,
         forward_flops=job.pipeline.forward_flops,
         training_flops=job.pipeline.training_flops,

@@ -19,8 +19,8 @@ from egrpo_jax.parallel.mesh import REPLICATED, over_samples, sample_devices
 from egrpo_jax.pipelines import sketch_pipeline
 from egrpo_jax.planning import hlo
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.plan import Block, Deal
-from egrpo_jax.rl.transitions import Transitions
+from egrpo_jax.rl.plan import Deal
+from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.phases import make_phases
@@ -127,24 +127,22 @@ def _arguments(job: Job, deal: Deal, mesh: Mesh, phase: str) -> tuple[Any, ...]:
     if phase == "decode":
         return params, _array(mesh, (len(deal.sample), *job.pipeline.latents_shape))
     frozen, plan = partition(params, job.pipeline.trainable)[1], job.plan
-    advantage = _array(mesh, (job.rollouts, len(plan.branches), plan.group_size))
-    weights = _replicated(mesh, np.ones(len(plan.branches), np.float32))
-    inputs = abstract_transitions(job, mesh), advantage, weights, _conditioning(job, mesh, job.rollouts)
+    advantage = _array(mesh, (job.rollouts, len(plan.step_weights("none")), plan.group_size))
+    weights = _replicated(mesh, plan.step_weights("none").astype(np.float32))
+    inputs = abstract_transitions(job, mesh), advantage, weights, np.int32(0), _conditioning(job, mesh, job.rollouts)
     return abstract_state(job, mesh), frozen, *inputs
 
 
-def abstract_transitions(job: Job, mesh: Mesh) -> tuple[Transitions, ...]:
-    """The random steps of an iteration."""
-    return tuple(_abstract_block(job, mesh, block) for block in job.plan.blocks)
+def abstract_transitions(job: Job, mesh: Mesh) -> Any:
+    """The random steps of an iteration, or what else its updates learn from."""
+    plan, shape = job.plan, job.pipeline.latents_shape
+    deal = plan.deal(1, 1, None)
 
+    def one() -> Any:
+        keys, still = prompt_keys(jax.random.key(0), 0, 1), lambda *inputs: inputs[1]
+        return plan.roll_out(still, {}, deal, plan.schedule(), {}, keys, shape).transitions
 
-def _abstract_block(job: Job, mesh: Mesh, block: Block) -> Transitions:
-    states, shape = (job.rollouts, block.states), job.pipeline.latents_shape
-    samples = (*states, block.samples)
-    numbers = ((*states, *shape), (*samples, *shape), states, states, states, samples)
-    return Transitions(
-        *(_array(mesh, each) for each in numbers), *(_array(mesh, x, jnp.int32) for x in (states, samples))
-    )
+    return jax.tree.map(lambda x: _array(mesh, (job.rollouts, *x.shape[1:]), x.dtype), jax.eval_shape(one))
 
 
 def _conditioning(job: Job, mesh: Mesh, prompts: int) -> Any:

@@ -66,8 +66,7 @@ def _seconds(job: Job, mesh: Mesh, mfu: float) -> str:
     peak, flops = peak_flops(mesh.devices.flat[0].device_kind), job.pipeline.forward_flops
     if peak is None or flops is None:
         return "seconds: unknown, for want of the peak of these devices or the operations of the model"
-    learner = job.config.learner
-    update = job.plan.update_equivalents(learner.epochs, learner.is_scored(len(job.plan.branches)))
+    update = job.plan.update_equivalents(job.config.learner)
     passes = job.plan.rollout_passes + update
     total = job.config.prompts_per_iteration * passes * flops
     return (

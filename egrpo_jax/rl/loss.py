@@ -13,7 +13,8 @@ class LossStats(NamedTuple):
 
     `ratio_excess` is r - 1, whose sum rounds less than that of r; `clip_high` and `clip_low` are the shares of samples
     whose gradient the loss cuts off above and below r = 1; `kl` is the estimate q - 1 - log q of KL(old | new), for
-    each latent dimension, q being the ratio of the densities, as r is but for weights of steps.
+    each latent dimension, q being the ratio of the densities, as r is but for weights of steps; `penalty` is the part
+    of the loss for the distance from copies of the parameters.
     """
 
     loss: chex.Array
@@ -22,6 +23,7 @@ class LossStats(NamedTuple):
     clip_high: chex.Array
     clip_low: chex.Array
     kl: chex.Array
+    penalty: chex.Array
 
 
 class SampleLoss(NamedTuple):
@@ -96,5 +98,6 @@ def total_loss(
         clip_high=total(samples.cut_high),
         clip_low=total(samples.cut_low),
         kl=total(jnp.expm1(log_ratio) - log_ratio),
+        penalty=jnp.zeros(()),
     )
     return loss, stats

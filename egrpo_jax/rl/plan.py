@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import chex
 import jax
@@ -22,10 +22,11 @@ from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.process import Process
 from egrpo_jax.flow.solver import Euler, Solver, VelocityFn, tail_steps
 from egrpo_jax.rl.deal import deal_tails, first_rows
+from egrpo_jax.rl.learner import LearnerConfig, StepWeights
+from egrpo_jax.rl.objective import Objective, PolicyRatio
 from egrpo_jax.rl.rollout import roll_out
 from egrpo_jax.rl.transitions import Rollout, Transitions
 
-StepWeights: TypeAlias = Literal["none", "noise", "flat"]
 Normalise: TypeAlias = Callable[[Mapping[str, chex.Array], chex.Array], chex.Array]
 """Rewards `[P, E, R, G]` by name, and which samples have all of theirs, to advantages `[P, E, G]`: `advantage.credit`
 with the options of a run."""
@@ -157,6 +158,10 @@ class Plan(abc.ABC):
     def gather(self, transitions: tuple[Transitions, ...], num_rows: int, workers: int) -> tuple[Transitions, ...]:
         """The transitions of all workers' rows as those of the rollouts `[P, M, S]`."""
 
+    def objective(self, config: LearnerConfig) -> Objective:
+        """The loss. Raises ConfigError if what the section asks for does not go with the algorithm."""
+        return PolicyRatio(self.process, config)
+
     def credit(self, normalise: Normalise, values: Mapping[str, chex.Array], came: chex.Array) -> chex.Array:
         """The advantages `[P, K, G]`, at each random step, of the way to each sample.
 
@@ -195,12 +200,12 @@ class Plan(abc.ABC):
         """Forward-and-backward passes of one prompt's update: samples of one state share it."""
         return self.seeds * sum(block.states for block in self.blocks)
 
-    def update_equivalents(self, epochs: int, is_scored: bool) -> int:
+    def update_equivalents(self, config: LearnerConfig) -> int:
         """The work of one prompt's update in forward passes: a backward pass is two, what remat repeats does not count.
 
-        Before the first of several updates, one more pass of each state takes the old log-probabilities: `is_scored`.
+        Before the updates more passes of each state may be made, see `LearnerConfig.scorings`.
         """
-        return (3 * epochs + is_scored) * self.training_passes
+        return (3 * config.epochs + config.scorings(len(self.branches))) * self.training_passes
 
     @property
     def decodes(self) -> int:
@@ -292,7 +297,7 @@ class AnchorPlan(Plan):
 
 def describe(plan: Plan) -> str:
     """A table of the plan's random steps and a line of its cost, for people."""
-    lines = [" step   time  ->  time  merge  e^(h/d)  unmerged"]
+    lines = [" step   time  ->  time  merge  e^(h/d)  unmerged"] if plan.branches else ["no random steps"]
     for branch in plan.branches:
         lines.append(
             f"{branch.step:5d}  {plan.times[branch.step]:.4f} -> {plan.times[branch.stop]:.4f}  {branch.merge:5d}  "
@@ -300,7 +305,7 @@ def describe(plan: Plan) -> str:
             + ("  clamped: no merge comes to the threshold" if branch.clamped else "")
         )
     lines.append(
-        f"for each prompt: {plan.rollout_passes} forward passes and {plan.decodes} images in the rollout, "
+        f"for each prompt: {plan.rollout_passes} forward passes and {plan.seeds * plan.decodes} images in the rollout, "
         f"{plan.training_passes} forward and backward passes in the update"
     )
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -40,11 +40,11 @@ class Rollout(NamedTuple):
     """The samples of one iteration.
 
     Attributes:
-      transitions: the random steps, those of one shape together.
+      transitions: the random steps, those of one shape together, `Transitions` each; or what else a plan learns from.
       latents: where the tails end, t = 0: `[M, N, D]`, in the order of the plan's `Deal`.
     """
 
-    transitions: tuple[Transitions, ...]
+    transitions: tuple[Any, ...]
     latents: chex.Array
 
 

@@ -155,20 +155,24 @@ class TreePlan(Plan):
 
     def schedule(self) -> TreeSchedule:
         """See `TreeSchedule`."""
-        first, last = self.branches[0].step, self.branches[-1].stop
-        nodes = self.tail_stepper.nodes(self.times, last)
-        weights = self.tail_stepper.weights(nodes)
-        full = lambda values: np.array([*values, *[0.0] * (self.num_steps - len(values))], np.float32)
+        tail, walk = self._walk(self.branches[-1].stop)
         rows = [(b.step, self.times[b.step], self.times[b.stop], b.noise) for b in self.branches]
         steps, *numbers = zip(*rows, strict=True)
         return TreeSchedule(
-            prefix=np.array(first, np.int32),
+            prefix=np.array(self.branches[0].step, np.int32),
             times=np.array(self.times, np.float32),
             steps=(np.array(steps, np.int32), *(np.array(x, np.float32) for x in numbers)),  # type: ignore[arg-type]
-            tail=np.array(len(weights), np.int32),
-            walk=(full(nodes[:-1]), full(nodes[1:]), full(weights)),
+            tail=tail,
+            walk=walk,
             kept=np.array(self.kept_steps or (), np.int32),
         )
+
+    def _walk(self, start: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`tail` and `walk` of a schedule, from grid step `start` on."""
+        nodes = self.tail_stepper.nodes(self.times, start)
+        weights = self.tail_stepper.weights(nodes)
+        full = lambda values: np.array([*values, *[0.0] * (self.num_steps - len(values))], np.float32)
+        return np.array(len(weights), np.int32), (full(nodes[:-1]), full(nodes[1:]), full(weights))
 
     def deal(self, num_rows: int, workers: int, slots: int | None) -> Leaves:
         """The samples; each worker walks all of its own at once. Raises ConfigError if they cannot be shared."""
@@ -194,7 +198,7 @@ class TreePlan(Plan):
         shape: tuple[int, int],
     ) -> Rollout:
         """See `Plan`; the states are those on the way to a worker's own samples."""
-        walker = _Walker(self, velocity_fn, params, schedule, conditioning, keys, deal.first[0], len(deal.sample))
+        walker = Walker(self, velocity_fn, params, schedule, conditioning, keys, deal.first[0], len(deal.sample))
         x = walker.to_first_step(walker.roots(shape))
         parts: dict[int, list[Transitions]] = {size: [] for size in self._sizes}
         for run in self.runs:
@@ -243,7 +247,7 @@ class TreePlan(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walker:
+class Walker:
     """A worker's walk along its part of the trees: states `[P, W, N, D]`, W being those that its own samples pass."""
 
     plan: TreePlan
@@ -264,7 +268,7 @@ class _Walker:
         """Of so many states of a rollout, those that its own samples pass."""
         return max(1, width * self._share // self.plan.group_size)
 
-    def _numbers(self, width: int) -> chex.Array:
+    def numbers(self, width: int) -> chex.Array:
         """Which they are."""
         return self.first * width // self.plan.group_size + jnp.arange(self._width(width))
 
@@ -272,7 +276,7 @@ class _Walker:
         """The initial noises."""
         if self.plan.roots == 1:
             return initial_noise(self.keys, shape)[:, None]
-        own = lambda key: jax.vmap(lambda number: jax.random.fold_in(key, number))(self._numbers(self.plan.roots))
+        own = lambda key: jax.vmap(lambda number: jax.random.fold_in(key, number))(self.numbers(self.plan.roots))
         return jax.vmap(lambda key: initial_noise(own(jax.random.fold_in(key, _KEPT)), shape))(self.keys)
 
     def velocity(self, x: chex.Array, time: chex.Array) -> chex.Array:
@@ -308,7 +312,7 @@ class _Walker:
         states = x.shape[:2]
         time, next_time, noise = (jnp.broadcast_to(number, states) for number in numbers)
         kernel = group_kernel(self.plan.process, x, self.velocity(x, numbers[0]), time, next_time, noise)
-        children = (self._numbers(run.width)[:, None] * run.children + jnp.arange(run.children)).ravel()
+        children = (self.numbers(run.width)[:, None] * run.children + jnp.arange(run.children)).ravel()
         fresh = step_noise(self.keys, step[None], children, x.shape[2:])
         there = draw(kernel, fresh.reshape(*states, run.children, *x.shape[2:]))
         density = log_prob(kernel, there)
@@ -316,7 +320,7 @@ class _Walker:
         whole = [jnp.broadcast_to(index, states), jnp.broadcast_to(sample, density.shape)]
         kept = Transitions(x, there, time, next_time, noise, density, *whole)
         after = there.reshape(states[0], -1, *x.shape[2:])
-        own = self._numbers(run.width * run.children)
+        own = self.numbers(run.width * run.children)
         return kept, after if len(own) == len(children) else after[:, own - children[0]]
 
     def _kept(self, steps: Transitions) -> Transitions:
@@ -330,7 +334,7 @@ class _Walker:
             return jnp.sort(jax.random.permutation(key, length)[: self.plan.kept])
 
         of_samples = jax.vmap(chosen, (None, 0))
-        rows = jax.vmap(of_samples, (0, None))(self.keys, self._numbers(self.plan.group_size))  # [P, W, C]
+        rows = jax.vmap(of_samples, (0, None))(self.keys, self.numbers(self.plan.group_size))  # [P, W, C]
         prompt, state = jnp.arange(len(self.keys))[:, None], jnp.arange(width)
         return jax.tree.map(lambda leaf: leaf[jnp.moveaxis(rows, -1, 0), prompt, state], steps)
 

@@ -17,8 +17,8 @@ from egrpo_jax.rewards import ScorersConfig
 from egrpo_jax.rl.advantage import Combination, Over, trimmed
 from egrpo_jax.rl.algorithms.base import Algorithm
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 
 
 @dataclasses.dataclass(frozen=True)

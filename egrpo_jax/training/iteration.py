@@ -70,14 +70,15 @@ def run_iteration(
         prompts = [prompt for prompt in prompts for _ in range(plan.seeds)]
         conditioning = jax.tree.map(lambda x: np.repeat(x, plan.seeds, axis=0), conditioning)
 
-    params = combine(progress.state.params, frozen)
+    state = progress.state
+    params = combine(state.trailing if config.learner.samples == "trailing" else state.params, frozen)
     samples = sample_and_score(job, phases, params, plan.schedule(), prompts, conditioning, keys, timer)
     check_samples(samples, iteration + 1, config.rewards)
     advantage, left_out = assign_credit(phases, config.rewards, samples.scores)
     weights = plan.step_weights(config.learner.step_weights).astype(np.float32)
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
-            phases.update(progress.state, frozen, samples.transitions, advantage, weights, conditioning)
+            phases.update(state, frozen, samples.transitions, advantage, weights, np.int32(iteration), conditioning)
         )
 
     numbers = reward_numbers(plan, samples.scores, samples.heldout, samples.finite)

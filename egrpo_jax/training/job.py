@@ -39,6 +39,8 @@ class Job:
             expected = f"'joint': the samples of {self.config.plan.algorithm} take several random steps each"
             raise ConfigError("learner.updates", "per_active_step", expected)
 
+        self.plan.objective(self.config.learner)  # raises what does not go together
+
     def plan_at(self, iteration: int) -> Plan:
         """The plan of an iteration, counted from 0."""
         return self.config.plan.make_plan(iteration, self.config.seed)

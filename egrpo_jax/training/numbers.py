@@ -58,6 +58,7 @@ def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState)
         "clip/high": stats.loss.clip_high.mean(),
         "clip/low": stats.loss.clip_low.mean(),
         "kl": stats.loss.kl.mean(),
+        "penalty": stats.loss.penalty.mean(),
         "advantage/std": advantage.std(),
         "advantage/max": abs(advantage).max(),
         "grad_norm": stats.grad_norm.mean(),
@@ -97,7 +98,7 @@ def speed_numbers(job: Job, plan: Plan, timer: PhaseTimer, compiled: Sequence[fl
 def _model_flops(job: Job, plan: Plan) -> dict[str, float]:
     """Operations of an iteration's phases on all devices, of those where they are known."""
     pipeline, learner = job.pipeline, job.config.learner
-    update = plan.update_equivalents(learner.epochs, learner.is_scored(len(plan.branches)))
+    update = plan.update_equivalents(learner)
     of_a_prompt = {
         "rollout": (plan.rollout_passes, pipeline.forward_flops),
         "decode": (plan.seeds * plan.decodes, pipeline.decode_flops),

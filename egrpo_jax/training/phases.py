@@ -17,12 +17,11 @@ from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_devices, spread
 from egrpo_jax.rl.advantage import Credit, complete_groups, credit
 from egrpo_jax.rl.deal import deal_prompts, deal_states
+from egrpo_jax.rl.objective import Batch, Scored
 from egrpo_jax.rl.plan import Deal
 from egrpo_jax.rl.transitions import Rollout, Transitions
 from egrpo_jax.rl.update import (
-    Batch,
     Batches,
-    Scored,
     StepStats,
     TrainState,
     UpdateStats,
@@ -44,7 +43,8 @@ class Phases(NamedTuple):
       rollout: `(params, schedule, conditioning, keys [P])` to a `Rollout`, whose latents are in the order of `deal`.
       decode: `(params, latents [M, N, D])` to images `[M, H, W, 3]`.
       credit: `(rewards [P, E, R, G] by name, which of them came)` to advantages `[P, K, G]`, see `Plan.credit`.
-      update: `(state, frozen, transitions, advantage, step_weights, conditioning)` to the new state and statistics.
+      update: `(state, frozen, transitions, advantage, step_weights, iteration, conditioning)` to the new state and
+        statistics.
     """
 
     deal: Deal
@@ -111,19 +111,21 @@ def _update(
     transitions: tuple[Transitions, ...],
     advantage: chex.Array,
     step_weights: chex.Array,
+    iteration: chex.Array,
     conditioning: Any,
 ) -> tuple[TrainState, UpdateStats]:
     config, pipeline = job.config.learner, job.pipeline
+    objective = job.plan.objective(config)
     trained_layout, frozen_layout = (Layout(specs) for specs in partition(layout.specs, pipeline.trainable))
     velocity = lambda frozen: (
         lambda trained, *inputs: pipeline.velocity(layout.boxed(combine(trained, frozen)), *inputs)
     )
 
     def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> Scored:
-        return score_batch(velocity(frozen), job.plan.process, config, trained, conditioning, batch)
+        return score_batch(velocity(frozen), objective, trained, conditioning, batch)
 
     def gradient(trained: Any, frozen: Any, conditioning: Any, batches: Batches) -> tuple[Any, StepStats]:
-        grads, stats = policy_gradient(velocity(frozen), job.plan.process, config, trained, conditioning, batches)
+        grads, stats = policy_gradient(velocity(frozen), objective, trained, conditioning, batches)
         return trained_layout.sum_gradients(grads), jax.tree.map(lambda x: x[None], stats)
 
     rows = deal_prompts(len(advantage), sample_devices()).ravel()
@@ -143,6 +145,7 @@ def _update(
         config,
         state,
         tuple(_batch(job, block, advantage, step_weights) for block in transitions),
+        iteration,
     )
 
 

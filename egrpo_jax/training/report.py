@@ -170,13 +170,16 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
         config.rewards.heldout,
         workdir / "reward_curve.png",
     )
-    plots.entropy_plot(
-        job.plan.times,
-        job.plan.process,
-        [branch.step for branch in job.plan.branches],
-        [branch.merge for branch in job.plan.branches],
-        getattr(config.plan, "entropy_threshold", None),
-        workdir / "entropy.png",
-    )
+    images = ["before_after.png", "reward_curve.png"]
+    if job.plan.branches:
+        plots.entropy_plot(
+            job.plan.times,
+            job.plan.process,
+            [branch.step for branch in job.plan.branches],
+            [branch.merge for branch in job.plan.branches],
+            getattr(config.plan, "entropy_threshold", None),
+            workdir / "entropy.png",
+        )
+        images.append("entropy.png")
     grids.save_image(before_after(job, first, last), workdir / "before_after.png")
-    print(f"images: {workdir}/before_after.png, reward_curve.png, entropy.png, eval/")
+    print(f"images: {workdir}/{', '.join(images)}, eval/")

@@ -12,7 +12,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FluxLora
 from egrpo_jax.pipelines.flux.options import FluxOptions
-from egrpo_jax.rl.update import LearnerConfig
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import TrainConfig
 

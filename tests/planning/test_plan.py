@@ -19,9 +19,9 @@ from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, s
 from egrpo_jax.planning.phases import PHASES, named_arguments, sketch_job
 from egrpo_jax.planning.report import overview, tables, trial_line, verdict
 from egrpo_jax.rewards import ScorersConfig
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.plan import describe
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 from egrpo_jax.training.job import Job
 from tests import programs, toy
@@ -115,8 +115,8 @@ def test_one_more_pass_before_several_updates(mesh):
     joint = dataclasses.replace(TOY, learner=dataclasses.replace(TOY.learner, updates="joint"))
     assert count_passes(job).scoring == prompts * active
     assert count_passes(sketch_job(joint)).scoring == 0
-    assert job.plan.update_equivalents(1, is_scored=True) == 4 * active
-    assert job.plan.update_equivalents(1, is_scored=False) == 3 * active
+    assert job.plan.update_equivalents(job.config.learner) == 4 * active
+    assert job.plan.update_equivalents(joint.learner) == 3 * active
 
 
 def test_epochs_repeat_the_passes_of_the_update_alone(mesh):
@@ -124,7 +124,7 @@ def test_epochs_repeat_the_passes_of_the_update_alone(mesh):
     states = 8 * len(joint.plan.branches)
     passes = count_passes(joint)
     assert (passes.training, passes.scoring) == (3 * states, states)
-    assert 8 * joint.plan.update_equivalents(3, is_scored=True) == 3 * passes.training + passes.scoring
+    assert 8 * joint.plan.update_equivalents(joint.config.learner) == 3 * passes.training + passes.scoring
     once = sketch_job(dataclasses.replace(TOY, learner=LearnerConfig()))
     work = [phase_cost(job, mesh, "update").compiled.work.flops for job in (once, joint)]
     assert work[1] / work[0] == pytest.approx((3 * 3 + 1) / 3, rel=0.05)

@@ -16,8 +16,8 @@ from egrpo_jax.planning.cost import kept_beside, phase_cost
 from egrpo_jax.planning.devices import GIB, capacity, slice_devices
 from egrpo_jax.planning.phases import named_arguments, refused_bytes, sketch_job
 from egrpo_jax.planning.report import overview
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
-from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig, TrainConfig
 
 pytestmark = [

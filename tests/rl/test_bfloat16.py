@@ -10,17 +10,11 @@ from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.parallel.mesh import EXACT
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_states, deal_tails
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig, make_optimizer
 from egrpo_jax.rl.rollout import roll_out
 from egrpo_jax.rl.transitions import prompt_keys
-from egrpo_jax.rl.update import (
-    LearnerConfig,
-    init_state,
-    policy_gradient,
-    score_batch,
-    take_batch,
-    update_policy,
-)
+from egrpo_jax.rl.update import init_state, policy_gradient, score_batch, take_batch, update_policy
 
 CONFIG = FluxConfig(
     in_channels=16, num_double_blocks=1, num_single_blocks=1, num_heads=2, head_dim=16, text_dim=24, pooled_dim=20,
@@ -73,8 +67,8 @@ def test_ratio_is_one_until_the_parameters_move(sampled, remat, micro_batch, cha
     states = deal_states(*advantage.shape[:2], 1, config.updates_of_epoch(advantage.shape[1]), micro_batch)
 
     def update(state):
-        score = lambda params, batch: score_batch(own, plan.process, config, params, conditioning, batch)
-        gradient = lambda params, batch: policy_gradient(own, plan.process, config, params, conditioning, batch)
+        score = lambda params, batch: score_batch(own, plan.objective(config), params, conditioning, batch)
+        gradient = lambda params, batch: policy_gradient(own, plan.objective(config), params, conditioning, batch)
         batches = (take_batch(transitions, advantage, plan.step_weights(config.step_weights), states),)
         return update_policy(score, gradient, optimizer, config, state, batches)
 

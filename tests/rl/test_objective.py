@@ -12,8 +12,9 @@ import pytest
 
 from egrpo_jax.flow.transition import Kernel, kl_divergence, log_prob
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
+from egrpo_jax.rl.learner import LearnerConfig
+from egrpo_jax.rl.objective import Scored, policy_loss, score_samples
 from egrpo_jax.rl.optimizer import make_optimizer
-from egrpo_jax.rl.update import LearnerConfig, Scored, policy_loss, score_samples
 from tests import toy
 from tests.rl.test_update import ADVANTAGE, OPTIM, PARAMS, PLAN, TEXT, TRANSITIONS, moved, run
 

@@ -11,9 +11,9 @@ import pytest
 from egrpo_jax.flow.solver import DpmSolver2M, Euler
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_tails
+from egrpo_jax.rl.objective import score_samples
 from egrpo_jax.rl.rollout import roll_out
 from egrpo_jax.rl.transitions import initial_noise, prompt_keys
-from egrpo_jax.rl.update import score_samples
 from tests import toy
 
 PARAMS = toy.params()

@@ -17,8 +17,8 @@ from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.algorithms.flow_grpo import FlowGrpo
 from egrpo_jax.rl.algorithms.flow_grpo_fast import FlowGrpoFast
 from egrpo_jax.rl.algorithms.mix_grpo import MixGrpo
+from egrpo_jax.rl.objective import score_samples
 from egrpo_jax.rl.transitions import initial_noise, prompt_keys, step_noise
-from egrpo_jax.rl.update import score_samples
 from tests import toy
 
 PARAMS = toy.params()

@@ -14,21 +14,13 @@ from egrpo_jax.flow.process import FlowSde
 from egrpo_jax.flow.transition import log_prob
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_states, deal_tails
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.loss import clipped_ratio_loss
+from egrpo_jax.rl.objective import Scored, policy_loss, score_samples
 from egrpo_jax.rl.optimizer import OptimConfig, last_learning_rate, make_optimizer, make_schedule
 from egrpo_jax.rl.rollout import roll_out
 from egrpo_jax.rl.transitions import prompt_keys
-from egrpo_jax.rl.update import (
-    LearnerConfig,
-    Scored,
-    init_state,
-    policy_gradient,
-    policy_loss,
-    score_batch,
-    score_samples,
-    take_batch,
-    update_policy,
-)
+from egrpo_jax.rl.update import init_state, policy_gradient, score_batch, take_batch, update_policy
 from tests import toy
 
 PARAMS, TEXT = toy.params(), toy.conditioning(4)
@@ -51,8 +43,8 @@ def run(config, optim=OPTIM, steps=1, params=PARAMS, advantage=ADVANTAGE, transi
 def update_alone(config, optimizer, state, transitions, advantage):
     """The update of one worker."""
     states = deal_states(*advantage.shape[:2], 1, config.updates_of_epoch(advantage.shape[1]), config.micro_batch)
-    score = functools.partial(score_batch, toy.velocity, PLAN.process, config)
-    gradient = functools.partial(policy_gradient, toy.velocity, PLAN.process, config)
+    score = functools.partial(score_batch, toy.velocity, PLAN.objective(config))
+    gradient = functools.partial(policy_gradient, toy.velocity, PLAN.objective(config))
     return update_policy(
         lambda params, batch: score(params, TEXT, batch),
         lambda params, batch: gradient(params, TEXT, batch),

@@ -26,6 +26,9 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
         "dance_grpo": "egrpo_jax.rl.algorithms.dance_grpo:DanceGrpo",
         "mix_grpo": "egrpo_jax.rl.algorithms.mix_grpo:MixGrpo",
         "branch_grpo": "egrpo_jax.rl.algorithms.branch_grpo:BranchGrpo",
+        "diffusion_nft": "egrpo_jax.rl.algorithms.diffusion_nft:DiffusionNft",
+        "awm": "egrpo_jax.rl.algorithms.awm:Awm",
+        "v_grpo": "egrpo_jax.rl.algorithms.v_grpo:VGrpo",
     }
 )
 """The algorithms, by their names in the config."""
@@ -44,27 +47,16 @@ class Algorithm(abc.ABC):
       algorithm: its name, or "module:attribute" of your own, a class that is derived from this one.
       num_steps: T, steps of the time grid.
       shift: s of the shifted grid t = s u / (1 + (s - 1) u).
-      process: the kernel of random steps: "flow_sde" (Flow-GRPO's and E-GRPO's), "dance_sde", "cps", "exact_sde", or
-        "module:attribute" of your own, a class that makes a `flow.Process` of a noise level.
-      noise_level: of the process: a of "flow_sde", σ = a √(t / (1 - t)), or η of the others.
       group_size: G, samples that are compared with each other.
     """
 
     algorithm: str
     num_steps: Annotated[int, Range(2, 10_000)] = 16
     shift: Shift = 3.0
-    process: str = "flow_sde"
-    noise_level: NoiseLevel = 0.7
     group_size: Annotated[int, GROUP_SIZE] = 12
 
     def __post_init__(self) -> None:
         check(self)
-        if self.process in PROCESSES:
-            PROCESSES[self.process](self.noise_level)
-        elif ":" not in self.process:
-            raise ConfigError(
-                "process", self.process, f"one of {', '.join(PROCESSES)}, or module:attribute of your own"
-            )
 
     @staticmethod
     def variant(config: Mapping[str, Any]) -> type[Algorithm]:
@@ -89,6 +81,29 @@ class Algorithm(abc.ABC):
     def times(self) -> Times:
         """The grid."""
         return shifted_times(self.num_steps, self.shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepAlgorithm(Algorithm):
+    """An algorithm of random steps.
+
+    Attributes:
+      process: the kernel of random steps: "flow_sde" (Flow-GRPO's and E-GRPO's), "dance_sde", "cps", "exact_sde", or
+        "module:attribute" of your own, a class that makes a `flow.Process` of a noise level.
+      noise_level: of the process: a of "flow_sde", σ = a √(t / (1 - t)), or η of the others.
+    """
+
+    process: str = "flow_sde"
+    noise_level: NoiseLevel = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.process in PROCESSES:
+            PROCESSES[self.process](self.noise_level)
+        elif ":" not in self.process:
+            raise ConfigError(
+                "process", self.process, f"one of {', '.join(PROCESSES)}, or module:attribute of your own"
+            )
 
     def make_process(self) -> Process:
         """The process that the section names. Raises UserError, whatever one of the user's own does wrong."""

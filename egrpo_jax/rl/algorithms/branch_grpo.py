@@ -10,13 +10,13 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, CountOrZero, Range
 from egrpo_jax.flow.process import NoiseLevel
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import GROUP_SIZE, Algorithm
+from egrpo_jax.rl.algorithms.base import GROUP_SIZE, StepAlgorithm
 from egrpo_jax.rl.plan import Branch
 from egrpo_jax.rl.tree import TreePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class BranchGrpo(Algorithm):
+class BranchGrpo(StepAlgorithm):
     """BranchGRPO (arXiv:2509.06040): a tree whose steps are all random, from its first split on.
 
     The reward of an inner node is the mean of its leaves', and is compared with those of the same depth. The published

@@ -8,12 +8,12 @@ from typing import Annotated
 from egrpo_jax.common.ranges import Range
 from egrpo_jax.flow.process import NoiseLevel
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.tree import TreePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class DanceGrpo(Algorithm):
+class DanceGrpo(StepAlgorithm):
     """DanceGRPO (arXiv:2505.07818): samples that share their initial noise, all steps but the last one random.
 
     The last step is deterministic: the published code takes the data predicted there as its image.

@@ -11,14 +11,14 @@ from egrpo_jax.common.ranges import Range
 from egrpo_jax.flow.entropy import Merge, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.process import NoiseByStd, Process
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver
-from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan
 
 LEAST_BY_NOISE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
-class EGrpo(Algorithm):
+class EGrpo(StepAlgorithm):
     """E-GRPO (arXiv:2601.00423): one random step a sample, merged until its entropy is high enough.
 
     Attributes:

@@ -8,12 +8,12 @@ from typing import Annotated
 from egrpo_jax.common.ranges import Range
 from egrpo_jax.flow.process import NoiseLevel
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import GROUP_SIZE, Algorithm
+from egrpo_jax.rl.algorithms.base import GROUP_SIZE, StepAlgorithm
 from egrpo_jax.rl.tree import TreePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowGrpo(Algorithm):
+class FlowGrpo(StepAlgorithm):
     """Flow-GRPO (arXiv:2505.05470): samples from initial noises of their own, all steps but the last one random.
 
     The defaults are its code's for FLUX.

@@ -11,12 +11,12 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range
 from egrpo_jax.flow.process import NoiseLevel
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import GROUP_SIZE, Algorithm
+from egrpo_jax.rl.algorithms.base import GROUP_SIZE, StepAlgorithm
 from egrpo_jax.rl.tree import TreePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowGrpoFast(Algorithm):
+class FlowGrpoFast(StepAlgorithm):
     """Flow-GRPO-Fast (code of arXiv:2505.05470): random steps in a window alone, whose place is drawn each iteration.
 
     The defaults are its code's for FLUX.

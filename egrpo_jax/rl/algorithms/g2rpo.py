@@ -8,12 +8,12 @@ from typing import Annotated
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class G2rpo(Algorithm):
+class G2rpo(StepAlgorithm):
     """G2RPO (arXiv:2510.01982): groups that branch off an anchor by single steps, judged by tails of several strides.
 
     Attributes:

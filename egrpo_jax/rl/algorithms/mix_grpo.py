@@ -10,12 +10,12 @@ import numpy as np
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, CountOrZero, Range
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver
-from egrpo_jax.rl.algorithms.base import Algorithm
+from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.tree import TreePlan
 
 
 @dataclasses.dataclass(frozen=True)
-class MixGrpo(Algorithm):
+class MixGrpo(StepAlgorithm):
     """MixGRPO (arXiv:2507.21802): one initial noise, random steps in a window alone, deterministic ones around it.
 
     Attributes:

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from egrpo_jax.common.ranges import Range
 from egrpo_jax.flow.solver import Euler
-from egrpo_jax.rl.algorithms.base import GROUP_SIZE, Algorithm
+from egrpo_jax.rl.algorithms.base import GROUP_SIZE, StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class TempFlowGrpo(Algorithm):
+class TempFlowGrpo(StepAlgorithm):
     """TempFlow-GRPO (arXiv:2508.04324): seeds of a prompt with an anchor each, and a group at every step but the last.
 
     Its weights of steps are `learner.step_weights` "noise".
