@@ -18,6 +18,7 @@ from egrpo_jax.pretraining.flow import FlowJob
 from egrpo_jax.pretraining.loop import Optim
 from egrpo_jax.pretraining.text import TextJob
 from egrpo_jax.pretraining.towers import TowerJob
+from egrpo_jax.rl.algorithms.base import ALGORITHMS, Algorithm
 from egrpo_jax.training.config import TrainConfig
 
 FILE = Path(__file__).with_name("config.md")
@@ -37,11 +38,12 @@ overridden on the command line:
 | several texts | `--config.rewards.heldout=emoji_judge --config.rewards.heldout=emoji_judge_r1` |
 | `None`, where the type has it | `--config.plan.entropy_threshold=None --config.plan.merges=1,1,1,1` |
 | a section that may be missing | `--config.model.flux.lora="{'rank': 8}"`, `--config.model.flux.lora=None` |
+| another algorithm, its section whole | `--config.plan="{'algorithm': 'mix_grpo', 'window': 3}"` |
 | sections by name | `--config.scorers.remote="{'judge': {'url': 'http://host:8000'}}"` |
 
 The whole config is checked before anything is loaded, and a mistake is one line: the key, what was found, what would be
 right. Both ends of a range belong to it. Ranges are wide: they keep out what makes no sense, not what is unusual.
-The defaults are the paper's where it states them.
+The defaults are the paper's where it states them, and those of an algorithm its own: [algorithms.md](algorithms.md).
 """
 
 
@@ -49,7 +51,9 @@ def document() -> str:
     """The file's text."""
     parts = [INTRODUCTION]
     for prefix, cls in sections(TrainConfig):
-        parts.append(section(prefix.removesuffix(".") or "The run", cls, prefix))
+        own = cls is not Algorithm and issubclass(cls, Algorithm)
+        title = f"{prefix.removesuffix('.') or 'The run'}{f': {cls.algorithm}' if own else ''}"
+        parts.append(section(title, cls, prefix))
     parts.append("# Config of `pretrain`\n\nIts key `kind` says which of these it is.\n")
     parts += [section(name, cls, "optim." if cls is Optim else "") for name, cls in JOBS.items()]
     return "\n".join(parts)
@@ -63,13 +67,20 @@ def sections(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]
             if dataclasses.is_dataclass(option):
                 named = "NAME." if typing.get_origin(hint) is dict else ""
                 yield from sections(typing.cast(type[Any], option), f"{prefix}{name}.{named}")
+                if option is Algorithm:
+                    yield from ((f"{prefix}{name}.", Algorithm.variant({"algorithm": key})) for key in ALGORITHMS)
 
 
 def section(title: str, cls: type[Any], prefix: str) -> str:
-    """A heading and a table of the keys of `cls`, without those that have tables of their own."""
+    """A heading and a table of the keys of `cls`, without those that have tables of their own; of an algorithm those
+    that not all have, or have otherwise."""
     meanings, hints = attributes(cls), typing.get_type_hints(cls, include_extras=True)
+    own = issubclass(cls, Algorithm) and cls is not Algorithm
+    shared = {field.name: field.default for field in dataclasses.fields(Algorithm)} if own else {}
     lines = [f"## {title}", "", summary(cls), "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
+        if field.name in shared and (field.name == "algorithm" or field.default == shared[field.name]):
+            continue
         if not dataclasses.is_dataclass(hint := hints[field.name]):
             cells = (f"`{prefix}{field.name}`", kind(hint), default(field), allowed(hint), meanings[field.name])
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

@@ -44,7 +44,7 @@ class Algorithm(abc.ABC):
     """The config section `plan`: the algorithm that `algorithm` names, with its own keys beside those of all.
 
     Attributes:
-      algorithm: its name, or "module:attribute" of your own, a class that is derived from this one.
+      algorithm: its name, or "module:attribute" of your own, a class that is derived from `egrpo_jax.rl.Algorithm`.
       num_steps: T, steps of the time grid.
       shift: s of the shifted grid t = s u / (1 + (s - 1) u).
       group_size: G, samples that are compared with each other.
