@@ -173,6 +173,10 @@ class ForwardPlan(TreePlan):
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(samples), *x.shape)), alike)
         return jax.vmap(lambda number: of_one(jax.random.fold_in(key, number)))(samples)
 
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return (1,)
+
     def _places(self, children: int, members: int) -> tuple[np.ndarray, np.ndarray]:
         """See `TreePlan`: each sample is of one worker."""
         del children

@@ -118,6 +118,10 @@ class Plan(abc.ABC):
         """Forward passes of a rollout after that: of random steps and tails."""
 
     @abc.abstractmethod
+    def shares_code(self, other: Plan) -> bool:
+        """Tells if code that is compiled for `other` serves this plan too, given its `schedule`."""
+
+    @abc.abstractmethod
     def schedule(self) -> Any:
         """All numbers of an iteration, as arrays; plans of one shape and different schedules share compiled code."""
 
@@ -264,6 +268,11 @@ class AnchorPlan(Plan):
         """The tails'."""
         tails = itertools.product(self.branches, self.tail_solvers)
         return self.group_size * sum(tail_steps(solver, self.times, branch.stop) for branch, solver in tails)
+
+    def shares_code(self, other: Plan) -> bool:
+        """Only if it is the same."""
+        static = lambda plan: (plan.times, plan.branches, plan.group_size, plan.tail_solvers, plan.seeds)
+        return isinstance(other, AnchorPlan) and static(self) == static(other)
 
     def schedule(self) -> tuple[()]:
         """Nothing."""

@@ -153,6 +153,11 @@ class TreePlan(Plan):
     def _tail_steps(self) -> int:
         return tail_steps(self.tail_stepper, self.times, self.branches[-1].stop)
 
+    def shares_code(self, other: Plan) -> bool:
+        """If it has as many random steps, splits, samples and trained steps, wherever on the grid they are."""
+        shape = lambda plan: (plan.num_steps, plan.group_size, plan.roots, plan.children, plan.kept, plan.by_depth)
+        return isinstance(other, TreePlan) and shape(self) == shape(other)
+
     def schedule(self) -> TreeSchedule:
         """See `TreeSchedule`."""
         tail, walk = self._walk(self.branches[-1].stop)

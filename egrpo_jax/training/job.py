@@ -43,7 +43,11 @@ class Job:
 
     def plan_at(self, iteration: int) -> Plan:
         """The plan of an iteration, counted from 0."""
-        return self.config.plan.make_plan(iteration, self.config.seed)
+        plan = self.config.plan.make_plan(iteration, self.config.seed)
+        if not plan.shares_code(self.plan):
+            expected = f"plans of one shape; that of iteration {iteration + 1} would have to be compiled anew"
+            raise ConfigError("plan.algorithm", self.config.plan.algorithm, expected)
+        return plan
 
     @property
     def rollouts(self) -> int:

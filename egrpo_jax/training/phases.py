@@ -151,7 +151,7 @@ def _update(
 
 def _batch(job: Job, transitions: Transitions, advantage: chex.Array, step_weights: chex.Array) -> Batch:
     """The trained states of all workers, `[U, D M, B]`, of one block of transitions, in rows dealt to them."""
-    config, (_, num_states, num_samples) = job.config.learner, transitions.log_prob.shape
+    config, (_, num_states, num_samples) = job.config.learner, transitions.sample.shape
     updates = config.updates_of_epoch(num_states)
     states = deal_states(job.rollouts, num_states, sample_devices(), updates, config.micro_batch)
     of_all = sum(block.states * block.samples for block in job.plan.blocks)

@@ -67,6 +67,10 @@ class Algorithm(abc.ABC):
         found = load_attribute(ALGORITHMS.get(name, name), "config.plan.algorithm")
         if not (isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)):
             raise ConfigError("algorithm", name, "a dataclass that is derived from egrpo_jax.rl.Algorithm")
+        keys = {field.name for field in dataclasses.fields(found)}
+        if len(others := sorted(set(config) - keys)) > 1:  # one alone is a typing error, and has a line of its own
+            expected = f"a section `plan` of its own; {', '.join(others)} are keys of another algorithm"
+            raise ConfigError("algorithm", name, expected)
         return found
 
     @abc.abstractmethod
