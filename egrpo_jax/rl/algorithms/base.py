@@ -41,7 +41,8 @@ class Algorithm(abc.ABC):
     """The config section `plan`: the algorithm that `algorithm` names, with its own keys beside those of all.
 
     Attributes:
-      algorithm: its name, or "module:attribute" of your own, a class that is derived from this one.
+      algorithm: its name, or "module:attribute" of your own, a dataclass that is derived from `rl.Algorithm`; a section
+        without it is "egrpo".
       num_steps: T, steps of the time grid.
       shift: s of the shifted grid t = s u / (1 + (s - 1) u).
       process: the kernel of random steps: "flow_sde" (Flow-GRPO's and E-GRPO's), "dance_sde", "cps", "exact_sde", or
