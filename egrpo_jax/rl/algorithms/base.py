@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -71,11 +72,12 @@ class Algorithm(abc.ABC):
     def variant(config: Mapping[str, Any]) -> type[Algorithm]:
         """The class that a section of the config is of. Raises UserError if there is no such algorithm."""
         name = config.get("algorithm", "egrpo")
-        if name not in ALGORITHMS and ":" not in str(name):
+        if not isinstance(name, str) or (name not in ALGORITHMS and ":" not in name):
             raise ConfigError("algorithm", name, f"one of {', '.join(ALGORITHMS)}, or module:attribute of your own")
         found = load_attribute(ALGORITHMS.get(name, name), "config.plan.algorithm")
-        if not (isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)):
-            raise ConfigError("algorithm", name, "a dataclass that is derived from egrpo_jax.rl.Algorithm")
+        if not (isinstance(found, type) and issubclass(found, Algorithm)) or inspect.isabstract(found):
+            expected = "a dataclass that is derived from egrpo_jax.rl.Algorithm and has a make_plan"
+            raise ConfigError("algorithm", name, expected)
         return found
 
     @abc.abstractmethod
