@@ -93,7 +93,8 @@ def section(heading: str, cls: type[Any], prefix: str, keys: Sequence[str] | Non
     # A section of several kinds has the defaults of the one that it is if it does not say which.
     fields = {field.name: field for field in dataclasses.fields(cls.variant({}) if inspect.isabstract(cls) else cls)}
     lines = [heading, "", summary(cls), "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
-    for name, hint in hints.items():
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint = hints[name]
         if not dataclasses.is_dataclass(hint) and (keys is None or name in keys):
             meaning = "as above" if above.get(name) == meanings[name] else meanings[name]
             cells = (f"`{prefix}{name}`", kind(hint), default(fields[name]), allowed(hint), meaning)
