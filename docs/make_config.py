@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,12 +38,12 @@ overridden on the command line:
 | several texts | `--config.rewards.heldout=emoji_judge --config.rewards.heldout=emoji_judge_r1` |
 | `None`, where the type has it | `--config.plan.entropy_threshold=None --config.plan.merges=1,1,1,1` |
 | a section that may be missing | `--config.model.flux.lora="{'rank': 8}"`, `--config.model.flux.lora=None` |
-| another algorithm, its section whole | `--config.plan="{'algorithm': 'mix_grpo', 'window': 3}"` |
+| another algorithm | `--config.plan="{'algorithm': 'mix_grpo', 'num_steps': 8}"`; what it does not say is the default |
 | sections by name | `--config.scorers.remote="{'judge': {'url': 'http://host:8000'}}"` |
 
 The whole config is checked before anything is loaded, and a mistake is one line: the key, what was found, what would be
 right. Both ends of a range belong to it. Ranges are wide: they keep out what makes no sense, not what is unusual.
-The defaults are the paper's where it states them, and those of an algorithm its own: [algorithms.md](algorithms.md).
+The defaults are the paper's where it states them.
 """
 
 
@@ -51,45 +51,60 @@ def document() -> str:
     """The file's text."""
     parts = [INTRODUCTION]
     for prefix, cls in sections(TrainConfig):
-        own = cls is not Algorithm and issubclass(cls, Algorithm)
-        title = f"{prefix.removesuffix('.') or 'The run'}{f': {cls.algorithm}' if own else ''}"
-        parts.append(section(title, cls, prefix))
+        title = prefix.removesuffix(".") or "The run"
+        parts.append(of_algorithm(cls) if is_algorithm(cls) else section(f"## {title}", cls, prefix))
     parts.append("# Config of `pretrain`\n\nIts key `kind` says which of these it is.\n")
-    parts += [section(name, cls, "optim." if cls is Optim else "") for name, cls in JOBS.items()]
+    parts += [section(f"## {name}", cls, "optim." if cls is Optim else "") for name, cls in JOBS.items()]
     return "\n".join(parts)
 
 
 def sections(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
-    """`cls` and the sections below it, with what their keys begin with."""
+    """`cls` and the sections below it, with what their keys begin with; after `plan` those of all algorithms."""
     yield prefix, cls
+    if cls is Algorithm:
+        yield from ((prefix, Algorithm.variant({"algorithm": name})) for name in ALGORITHMS)
     for name, hint in typing.get_type_hints(cls).items():
         for option in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(option):
                 named = "NAME." if typing.get_origin(hint) is dict else ""
                 yield from sections(typing.cast(type[Any], option), f"{prefix}{name}.{named}")
-                if option is Algorithm:
-                    yield from ((f"{prefix}{name}.", Algorithm.variant({"algorithm": key})) for key in ALGORITHMS)
 
 
-def section(title: str, cls: type[Any], prefix: str) -> str:
-    """A heading and a table of the keys of `cls`, without those that have tables of their own; of an algorithm those
-    that not all have, or have otherwise."""
+def is_algorithm(cls: type[Any]) -> bool:
+    """Tells if `cls` is one of the algorithms."""
+    return issubclass(cls, Algorithm) and cls is not Algorithm
+
+
+def of_algorithm(cls: type[Algorithm]) -> str:
+    """The part of an algorithm: the keys that it adds to those of all, or has another default or range for."""
+    own, shared = (typing.get_type_hints(of, include_extras=True) for of in (cls, Algorithm))
+    defaults = {field.name: field.default for field in dataclasses.fields(Algorithm)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    name = fields.pop("algorithm").default
+    as_all = [key for key in defaults if key in fields and fields[key].default == defaults[key]]
+    same = [key for key in as_all if own[key] == shared[key]]
+    return section(f"### plan of `{name}`", cls, "plan.", [key for key in fields if key not in same])
+
+
+def section(heading: str, cls: type[Any], prefix: str, keys: Sequence[str] | None = None) -> str:
+    """A heading and a table of the keys of `cls`, all or some, without those that have tables of their own."""
     meanings, hints = attributes(cls), typing.get_type_hints(cls, include_extras=True)
-    own = issubclass(cls, Algorithm) and cls is not Algorithm
-    shared = {field.name: field.default for field in dataclasses.fields(Algorithm)} if own else {}
-    lines = [f"## {title}", "", summary(cls), "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        if field.name in shared and (field.name == "algorithm" or field.default == shared[field.name]):
-            continue
-        if not dataclasses.is_dataclass(hint := hints[field.name]):
-            cells = (f"`{prefix}{field.name}`", kind(hint), default(field), allowed(hint), meanings[field.name])
+    above = attributes(Algorithm) if is_algorithm(cls) else {}
+    # A section of several kinds has the defaults of the one that it is if it does not say which.
+    fields = {field.name: field for field in dataclasses.fields(cls.variant({}) if inspect.isabstract(cls) else cls)}
+    lines = [heading, "", summary(cls), "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint = hints[name]
+        if not dataclasses.is_dataclass(hint) and (keys is None or name in keys):
+            meaning = "as above" if above.get(name) == meanings[name] else meanings[name]
+            cells = (f"`{prefix}{name}`", kind(hint), default(fields[name]), allowed(hint), meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
 
 
 def summary(cls: type[Any]) -> str:
-    """The docstring's first paragraph in one line."""
-    return " ".join(inspect.getdoc(cls).split("\n\n")[0].split())  # type: ignore[union-attr]
+    """The docstring without its attributes, in one line."""
+    return " ".join((inspect.getdoc(cls) or "").split("Attributes:\n")[0].split())
 
 
 def attributes(cls: type[Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a wrong config is answered: the lines of bad_inputs.txt, word for word."""
+"""What a wrong config is answered, alone or as a job: the lines of bad_inputs.txt, word for word."""
 
 import ast
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from egrpo_jax.common.config import from_config_dict, to_config_dict
-from egrpo_jax.common.errors import ConfigError
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.pretraining.flow import FlowJob
 from egrpo_jax.pretraining.loop import Optim
 from egrpo_jax.pretraining.text import TextJob
 from egrpo_jax.pretraining.towers import TowerJob
 from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.training.job import Job
 
 CONFIGS = {
     "train": TrainConfig(),
@@ -38,6 +39,14 @@ def value_of(text):
         return float(text) if text in ("nan", "inf", "-inf") else text
 
 
+def read(cls, config):
+    """The config, and for a training run the job, which finds what does not go together."""
+    found = from_config_dict(cls, config)
+    if cls is TrainConfig:
+        plan = found.plan.make_plan()
+        Job(found, plan, pipeline=None, rewards={}, prompts=[], evaluation_prompts=[], optimizer=None)
+
+
 @pytest.mark.parametrize(("program", "overrides", "line"), rows())
 def test_bad_input(program, overrides, line):
     base = CONFIGS[program]
@@ -49,8 +58,8 @@ def test_bad_input(program, overrides, line):
         for parent in parents:
             section = section[parent]
         section[key] = value_of(text)
-    with pytest.raises(ConfigError) as error:
-        from_config_dict(type(base), config)
+    with pytest.raises(UserError) as error:
+        read(type(base), config)
     assert str(error.value) == line
 
 

@@ -33,7 +33,7 @@ ARCHITECTURE = DOCUMENTS[programs.ROOT / "docs/architecture.md"]
 
 
 def docstrings():
-    for path in [*programs.ROOT.glob("configs/*.py"), *PACKAGE.glob("*.py")]:
+    for path in [*programs.ROOT.glob("configs/**/*.py"), *PACKAGE.glob("*.py")]:
         yield ast.get_docstring(ast.parse(path.read_text())) or ""
 
 

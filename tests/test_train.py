@@ -566,7 +566,7 @@ def files(tmp_path):
 
 
 BAD_INPUT = {
-    "unknown key": (["--config.plan.nose_level=1"], "config.plan.nose_level: found 1, expected one of the keys"),
+    "unknown key": (["--config.plan.nose_level=1"], "config.plan.nose_level: found 1, expected one of EGrpo's keys"),
     "wrong type": (["--config.plan.num_steps=many"], "num_steps"),
     "threshold with a list": (
         ["--config.plan.merges=(1, 1, 1, 1)"],

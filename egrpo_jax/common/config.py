@@ -61,9 +61,10 @@ def from_config_dict(cls: type[T], config: ml_collections.ConfigDict | Mapping[s
         config = config.to_dict()
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    keys = f"{cls.__name__}'s keys" if hasattr(cls, "variant") else "the keys"
     for key in config:
         if key not in fields:
-            raise ConfigError(prefix + key, config[key], f"one of the keys {', '.join(sorted(fields))}")
+            raise ConfigError(prefix + key, config[key], f"one of {keys} {', '.join(sorted(fields))}")
     values = {}
     for name, field in fields.items():
         if name in config:

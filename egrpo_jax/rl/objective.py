@@ -127,7 +127,7 @@ def add_penalty(
             distance = _distance(new, other, in_mean)
             total = jnp.sum(batch.weight * distance, where=batch.weight > 0)
             value, stats = value + weight * total, stats._replace(penalty=stats.penalty + weight * total)
-    return value, stats
+    return value, stats._replace(loss=value)
 
 
 def _distance(new: Scored, other: Scored, in_mean: bool) -> chex.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -44,7 +45,8 @@ class Algorithm(abc.ABC):
     """The config section `plan`: the algorithm that `algorithm` names, with its own keys beside those of all.
 
     Attributes:
-      algorithm: its name, or "module:attribute" of your own, a class that is derived from `egrpo_jax.rl.Algorithm`.
+      algorithm: its name, or "module:attribute" of your own, a dataclass that is derived from `rl.Algorithm`; a section
+        without it is "egrpo".
       num_steps: T, steps of the time grid.
       shift: s of the shifted grid t = s u / (1 + (s - 1) u).
       group_size: G, samples that are compared with each other.
@@ -62,11 +64,12 @@ class Algorithm(abc.ABC):
     def variant(config: Mapping[str, Any]) -> type[Algorithm]:
         """The class that a section of the config is of. Raises UserError if there is no such algorithm."""
         name = config.get("algorithm", "egrpo")
-        if name not in ALGORITHMS and ":" not in str(name):
+        if not isinstance(name, str) or (name not in ALGORITHMS and ":" not in name):
             raise ConfigError("algorithm", name, f"one of {', '.join(ALGORITHMS)}, or module:attribute of your own")
         found = load_attribute(ALGORITHMS.get(name, name), "config.plan.algorithm")
-        if not (isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)):
-            raise ConfigError("algorithm", name, "a dataclass that is derived from egrpo_jax.rl.Algorithm")
+        if not (isinstance(found, type) and issubclass(found, Algorithm)) or inspect.isabstract(found):
+            expected = "a dataclass that is derived from egrpo_jax.rl.Algorithm and has a make_plan"
+            raise ConfigError("algorithm", name, expected)
         keys = {field.name for field in dataclasses.fields(found)}
         if len(others := sorted(set(config) - keys)) > 1:  # one alone is a typing error, and has a line of its own
             expected = f"a section `plan` of its own; {', '.join(others)} are keys of another algorithm"

@@ -47,10 +47,10 @@ class BranchGrpo(StepAlgorithm):
             raise ConfigError("splits", self.splits[-1], f"grid steps from 0 to {self.num_steps - 2}")
         leaves = self.split_into ** len(self.splits)
         if self.group_size != leaves:
-            expected = f"{leaves}, the leaves of a tree that splits into {self.split_into} {len(self.splits)} times"
+            expected = f"{leaves}, the leaves of a tree that splits {len(self.splits)} times into {self.split_into}"
             raise ConfigError("group_size", self.group_size, expected)
-        if self.pruned >= (after := self.num_steps - 2 - self.splits[-1]) and self.pruned:
-            raise ConfigError("pruned", self.pruned, f"less than {after}: of the steps after the last split some train")
+        if self.pruned > (most := max(0, self.num_steps - 3 - self.splits[-1])):
+            raise ConfigError("pruned", self.pruned, f"at most {most}: of the steps after the last split some train")
 
     def make_plan(self, iteration: int = 0, seed: int = 0) -> TreePlan:
         """The plan of an iteration: the same tree, its pruned steps where they are then."""

@@ -39,12 +39,12 @@ class FlowGrpoFast(StepAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.window <= self._end < self.num_steps:
-            key, found = ("window_end", self.window_end) if self.window_end else ("window", self.window)
-            expected = (
-                f"a window within the first {self.num_steps - 1} of {self.num_steps} steps that ends by window_end"
-            )
-            raise ConfigError(key, found, f"{expected}, {self._end}")
+        if self._end >= self.num_steps:
+            expected = f"at most {self.num_steps - 1}: the last step is deterministic"
+            raise ConfigError("window_end", self.window_end, expected)
+        if self.window > self._end:
+            limit = "window_end" if self.window_end else "half of num_steps"
+            raise ConfigError("window", self.window, f"at most {self._end}, {limit}")
 
     @property
     def _end(self) -> int:
