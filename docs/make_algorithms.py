@@ -60,7 +60,8 @@ def schedule(plan: Plan) -> Fan | Tree:
         ]
         return Fan(tuple(offshoots), plan.group_size)
     assert isinstance(plan, TreePlan)
-    steps = (plan.branches[0].step, *(branch.stop for branch in plan.branches))
+    first = plan.branches[0].step if plan.branches else 0
+    steps = (first, *(branch.stop for branch in plan.branches))
     return Tree(plan.roots, steps, plan.children, trained(plan), walk(plan, plan.tail_stepper, steps[-1]))
 
 

@@ -13,6 +13,7 @@ from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.rl.algorithms.base import ALGORITHMS, Algorithm
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.algorithms.mix_grpo import MixGrpo
+from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.plan import AnchorPlan
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training import loop as program
@@ -24,7 +25,12 @@ ROWS = {row[0].strip("`"): row[1:] for row in re.findall(r"^\| (`\w+`)" + r" \| 
 
 
 def costs(plan):
-    return plan.rollout_passes, plan.training_passes, plan.update_equivalents(1, False), plan.seeds * plan.decodes
+    return (
+        plan.rollout_passes,
+        plan.training_passes,
+        plan.update_equivalents(LearnerConfig()),
+        plan.seeds * plan.decodes,
+    )
 
 
 def section(title):
@@ -45,7 +51,7 @@ def test_the_table_is_what_the_plans_say(form):
     forward, training, update, images = costs(plan)
     assert [int(number) for number in numbers] == [forward, training, forward + update, images]
     places = [int(number) for number in re.findall(r"\d+", steps)]
-    assert places == ([1, len(plan.branches)] if isinstance(plan, AnchorPlan) else [len(plan.branches)])
+    assert (places or [0]) == ([1, len(plan.branches)] if isinstance(plan, AnchorPlan) else [len(plan.branches)])
 
 
 @pytest.mark.parametrize("form", ROWS)
@@ -73,6 +79,9 @@ def test_pictures_are_small_and_of_the_plans_that_there_are(form):
         ("MixGRPO", {"algorithm": "mix_grpo", "tail_share": 0.4}, 0),
         ("MixGRPO", {"algorithm": "mix_grpo", "tail_share": 0.2, "moves": "frozen"}, 99),
         ("BranchGRPO", {"algorithm": "branch_grpo"}, 0),
+        ("DiffusionNFT", {"algorithm": "diffusion_nft"}, 0),
+        ("AWM", {"algorithm": "awm"}, 0),
+        ("V-GRPO", {"algorithm": "v_grpo"}, 0),
     ],
 )
 def test_costs_in_the_text_are_those_of_the_plans(title, algorithm, iteration):

@@ -149,42 +149,25 @@ def velocity_penalty(velocity: chex.Array, reference: chex.Array) -> chex.Array:
     return jnp.square(velocity - jax.lax.stop_gradient(reference)).mean(_LATENT_AXES)
 
 
-def stratified_times(key: chex.PRNGKey, times: Times, count: int, noisiest: float) -> chex.Array:
-    """AWM's times: one from each of `count` strata of the noisiest steps of a rollout, noisiest first; `[count]`.
+def stratified_times(key: chex.PRNGKey, times: Times, count: int) -> chex.Array:
+    """One time from each of `count` strata of a rollout's schedule, noisiest first: AWM's and V-GRPO's; `[count]`.
 
-    As read here, the network's times in the rollout are the candidates, and nothing between them: the first
-    int(T * noisiest) are cut at j int(T * noisiest) / count, rounded down, and each stratum draws one of its times
-    with equal chances. Six of the noisiest 0.9 of 14 steps are thus drawn from six pairs. Where the published settings
-    leave out pure noise, give `times[1:]`.
+    As read here, the times at which the rollout evaluated the network are the candidates, and nothing between them.
+    The n of them are cut at j n / count, rounded down, and each stratum draws one of its own with equal chances.
 
     Args:
       key: of the samples that share these times.
-      times: the grid of the rollout, T + 1 times of which the last, 0, is never drawn.
+      times: the grid of the rollout or its beginning, n + 1 times of which the last is never drawn.
       count: times to draw.
-      noisiest: the share of the steps that may be drawn from, in (0, 1].
 
     Raises:
       ValueError: there are fewer steps than times to draw.
     """
-    return _one_of_each(key, times, count, int((len(times) - 1) * noisiest))
-
-
-def chunk_times(key: chex.PRNGKey, times: Times, count: int) -> chex.Array:
-    """V-GRPO's times: one from each of `count` chunks of the rollout's schedule, noisiest first; `[count]`.
-
-    As read here, a chunk is a run of the times at which the rollout evaluated the network, and the draw is one of
-    them. The chunks are equal where `count` divides T, else they differ by one step. All samples of a group share the
-    times, and the noise that goes with each: take one key for the group.
-
-    Args:
-      key: of the group.
-      times: the grid of the rollout, T + 1 times of which the last, 0, is never drawn.
-      count: times to draw; 4 as published.
-
-    Raises:
-      ValueError: there are fewer steps than times to draw.
-    """
-    return _one_of_each(key, times, count, len(times) - 1)
+    num_candidates = len(times) - 1
+    _check_count(count, num_candidates)
+    bounds = np.arange(count + 1) * num_candidates // count
+    index = jax.random.randint(key, (count,), bounds[:-1], bounds[1:])
+    return jnp.asarray(times, jnp.float32)[index]
 
 
 def permuted_times(key: chex.PRNGKey, times: Times, count: int) -> chex.Array:
@@ -203,13 +186,6 @@ def permuted_times(key: chex.PRNGKey, times: Times, count: int) -> chex.Array:
     """
     _check_count(count, len(times) - 1)
     return jax.random.permutation(key, jnp.asarray(times[:-1], jnp.float32))[:count]
-
-
-def _one_of_each(key: chex.PRNGKey, times: Times, count: int, num_candidates: int) -> chex.Array:
-    _check_count(count, num_candidates)
-    bounds = np.arange(count + 1) * num_candidates // count
-    index = jax.random.randint(key, (count,), bounds[:-1], bounds[1:])
-    return jnp.asarray(times, jnp.float32)[index]
 
 
 def _check_count(count: int, num_candidates: int) -> None:

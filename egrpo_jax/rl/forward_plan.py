@@ -65,7 +65,7 @@ class ForwardObjective(Objective):
 
     @abc.abstractmethod
     def log_density(self, velocity: chex.Array, states: Noised) -> chex.Array:
-        """What stands for the log-densities of B samples, `[B, C]`, or `[B, 1]`; `velocity` is `[B, C, N, D]`."""
+        """In the place of log-densities of B samples, `[B, C]`, or `[B, 1]`; `velocity` is `[B, C, N, D]`."""
 
     @property
     def needs_velocity(self) -> bool:
@@ -101,13 +101,15 @@ class ForwardPlan(TreePlan):
 
     Attributes:
       pairs: C, times and noises at which the policy learns from each sample.
-      draw: these times.
+      draw: these times, of a grid.
+      learns_at: that grid.
       shares_pairs: all samples of a rollout have the same times and noises.
       make_objective: the loss, of the section `learner`.
     """
 
     pairs: int = 1
     draw: DrawTimes | None = None
+    learns_at: Times = ()
     shares_pairs: bool = False
     make_objective: Callable[[LearnerConfig], ForwardObjective] | None = None
 
@@ -166,7 +168,7 @@ class ForwardPlan(TreePlan):
 
         def of_one(key: chex.PRNGKey) -> tuple[chex.Array, chex.Array]:
             for_times, for_noise = jax.random.split(key)
-            return draw(for_times, self.times, self.pairs), jax.random.normal(for_noise, (self.pairs, *shape))
+            return draw(for_times, self.learns_at, self.pairs), jax.random.normal(for_noise, (self.pairs, *shape))
 
         if self.shares_pairs:
             alike = of_one(key)

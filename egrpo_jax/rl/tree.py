@@ -274,7 +274,7 @@ class Walker:
         return max(1, width * self._share // self.plan.group_size)
 
     def numbers(self, width: int) -> chex.Array:
-        """Which they are."""
+        """The numbers of these states, among all."""
         return self.first * width // self.plan.group_size + jnp.arange(self._width(width))
 
     def roots(self, shape: tuple[int, int]) -> chex.Array:

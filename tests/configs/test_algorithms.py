@@ -35,6 +35,12 @@ COSTS = {  # forward passes, training passes and images of a prompt in the first
     "branch_grpo": (203, 203, 16),
     "branch_grpo:pruned": (203, 123, 16),
     "branch_grpo:emoji": (1 + 2 + 4 + 5 * 8, 1 + 2 + 4 + 5 * 8, 8),
+    "diffusion_nft": (128, 32, 16),
+    "diffusion_nft:emoji": (64, 32, 8),
+    "awm": (160, 64, 16),
+    "awm:emoji": (64, 32, 8),
+    "v_grpo": (192, 48, 12),
+    "v_grpo:emoji": (64, 32, 8),
 }
 ON_FLUX = {  # prompts, learning rate, clip range, average, adapters' rank, pixels
     "egrpo": (8, 2e-6, 1e-4, None, None, 720),
@@ -50,6 +56,9 @@ ON_FLUX = {  # prompts, learning rate, clip range, average, adapters' rank, pixe
     "mix_grpo:flash_frozen": (32, 1e-5, 1e-4, None, None, 720),
     "branch_grpo": (16, 1e-5, 1e-3, None, None, 720),
     "branch_grpo:pruned": (16, 1e-5, 1e-3, None, None, 720),
+    "diffusion_nft": (48, 3e-4, 1e-4, None, 64, 384),
+    "awm": (48, 3e-4, 1.0, None, 64, 512),
+    "v_grpo": (32, 1e-5, 1e-2, None, None, 720),
 }
 PLANS = {  # T, shift, process, its noise level, G
     "egrpo": (16, 3.0, "flow_sde", 0.7, 12),
@@ -60,6 +69,9 @@ PLANS = {  # T, shift, process, its noise level, G
     "dance_grpo": (16, 3.0, "dance_sde", 0.3, 12),
     "mix_grpo": (25, 3.0, "flow_sde", 0.7, 12),
     "branch_grpo": (20, 3.0, "dance_sde", 0.3, 16),
+    "diffusion_nft": (8, 1.741, None, None, 16),
+    "awm": (10, 1.878, None, None, 16),
+    "v_grpo": (16, 3.0, None, None, 12),
 }
 
 
@@ -103,13 +115,15 @@ def test_published_numbers(case):
     numbers = found.prompts_per_iteration, optim.learning_rate, learner.clip_range, learner.ema_decay
     assert (*numbers, options.lora and options.lora.rank, options.height) == ON_FLUX[case]
     assert options.height == options.width
-    assert (options.guidance, optim.weight_decay, optim.grad_clip, learner.advantage_clip) == (3.5, 1e-4, 1.0, 5.0)
+    assert (options.guidance, optim.weight_decay, optim.grad_clip) == (3.5, 1e-4, 1.0)
+    assert learner.advantage_clip == (1.0 if case == "awm" else 5.0)
 
 
 @pytest.mark.parametrize("case", PLANS)
 def test_published_plans(case):
     plan = config(case).plan
-    assert (plan.num_steps, plan.shift, plan.process, plan.noise_level, plan.group_size) == PLANS[case]
+    kernel = getattr(plan, "process", None), getattr(plan, "noise_level", None)
+    assert (plan.num_steps, plan.shift, *kernel, plan.group_size) == PLANS[case]
 
 
 def test_adapters_are_those_that_are_published():

@@ -12,7 +12,6 @@ import pytest
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.rl.forward import (
     awm_log_density,
-    chunk_times,
     density_ratio,
     nft_loss,
     noised,
@@ -318,7 +317,7 @@ PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
     ],
 )
 def test_awm_s_times_come_one_from_each_stratum(count, noisiest, strata):
-    drawn = draws(lambda key: stratified_times(key, TIMES, count, noisiest))
+    drawn = draws(lambda key: stratified_times(key, TIMES[: int(14 * noisiest) + 1], count))
     for column, members in zip(drawn.T, strata, strict=True):
         assert_uniform(column, members)
 
@@ -326,7 +325,7 @@ def test_awm_s_times_come_one_from_each_stratum(count, noisiest, strata):
 def test_awm_s_strata_are_the_published_ones_without_pure_noise():
     """Cuts 1 + 11 j / 6, rounded down, from the second time of 14 to the twelfth."""
     cuts = np.linspace(1, 12, 7).astype(int)
-    drawn = draws(lambda key: stratified_times(key, TIMES[1:], 6, 0.9))
+    drawn = draws(lambda key: stratified_times(key, TIMES[1:13], 6))
     for column, low, high in zip(drawn.T, cuts[:-1], cuts[1:], strict=True):
         assert_uniform(column, range(low, high))
 
@@ -340,13 +339,13 @@ def test_awm_s_strata_are_the_published_ones_without_pure_noise():
     ],
 )
 def test_vgrpo_s_times_come_one_from_each_chunk(count, chunks):
-    drawn = draws(lambda key: chunk_times(key, TIMES, count))
+    drawn = draws(lambda key: stratified_times(key, TIMES, count))
     for column, members in zip(drawn.T, chunks, strict=True):
         assert_uniform(column, members)
 
 
 def test_strata_are_drawn_independently():
-    pairs = draws(lambda key: chunk_times(key, TIMES, 7)) % 2
+    pairs = draws(lambda key: stratified_times(key, TIMES, 7)) % 2
     for first, second in itertools.combinations(pairs.T, 2):
         assert_uniform(2 * first + second, range(4))
 
@@ -363,8 +362,8 @@ def test_nft_s_times_are_in_random_order_and_none_comes_twice(count):
 
 
 SAMPLERS = {
-    "stratified": lambda key, count: stratified_times(key, TIMES, count, 0.9),
-    "chunk": lambda key, count: chunk_times(key, TIMES, count),
+    "stratified": lambda key, count: stratified_times(key, TIMES, count),
+    "of the noisiest": lambda key, count: stratified_times(key, TIMES[:13], count),
     "permuted": lambda key, count: permuted_times(key, TIMES, count),
 }
 
@@ -380,7 +379,7 @@ def test_times_follow_from_the_key_and_compile(name):
     assert len(np.unique(others, axis=0)) > 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("stratified", 12), ("chunk", 14), ("permuted", 14)])
+@pytest.mark.parametrize(("name", "most"), [("stratified", 14), ("of the noisiest", 12), ("permuted", 14)])
 def test_more_times_than_steps_are_refused(name, most):
     SAMPLERS[name](jax.random.key(0), most)
     for count in (0, most + 1):

@@ -8,7 +8,6 @@ from typing import Annotated
 import chex
 
 from egrpo_jax.common.ranges import Count, Range
-from egrpo_jax.flow.grid import Times
 from egrpo_jax.rl.algorithms.base import GROUP_SIZE
 from egrpo_jax.rl.algorithms.samples import SampleAlgorithm
 from egrpo_jax.rl.forward import awm_log_density, stratified_times
@@ -25,7 +24,6 @@ class Awm(SampleAlgorithm):
 
     Attributes:
       pairs: times at which each sample trains, one from each of so many strata.
-      noisiest: of the rollout's steps, the share that these are of.
     """
 
     algorithm: str = "awm"
@@ -34,18 +32,10 @@ class Awm(SampleAlgorithm):
     pairs: Count = 6
     noisiest: Annotated[float, Range(0.01, 1)] = 0.9
 
-    @property
-    def candidates(self) -> int:
-        """See `SampleAlgorithm`."""
-        return int(self.num_steps * self.noisiest)
-
     def make_plan(self, iteration: int = 0, seed: int = 0) -> ForwardPlan:
         """The same plan for all iterations."""
         del iteration, seed
-        return self.forward_plan(self._draw, AwmObjective)
-
-    def _draw(self, key: chex.PRNGKey, times: Times, count: int) -> chex.Array:
-        return stratified_times(key, times, count, self.noisiest)
+        return self.forward_plan(stratified_times, AwmObjective)
 
 
 @dataclasses.dataclass(frozen=True)

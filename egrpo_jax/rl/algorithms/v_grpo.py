@@ -10,7 +10,7 @@ import chex
 
 from egrpo_jax.common.ranges import Count, Range
 from egrpo_jax.rl.algorithms.samples import SampleAlgorithm, SampleSolver
-from egrpo_jax.rl.forward import chunk_times, on_policy_soft_clip, vgrpo_error
+from egrpo_jax.rl.forward import on_policy_soft_clip, stratified_times, vgrpo_error
 from egrpo_jax.rl.forward_plan import ForwardObjective, ForwardPlan, Noised
 from egrpo_jax.rl.objective import Batch
 
@@ -34,7 +34,7 @@ class VGrpo(SampleAlgorithm):
         """The same plan for all iterations."""
         del iteration, seed
         objective = functools.partial(VGrpoObjective, soft_clip=self.soft_clip)
-        return self.forward_plan(chunk_times, objective, shares_pairs=True)
+        return self.forward_plan(stratified_times, objective, shares_pairs=True)
 
 
 @dataclasses.dataclass(frozen=True)
