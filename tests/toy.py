@@ -160,6 +160,9 @@ def get_config(variant=""):
         )
     )
     config.model.name = "tests.toy:pipeline"
+    if variant == "diffusion_nft":
+        config.learner.samples, config.learner.trailing_decay, config.learner.trailing_ramp = "trailing", 0.5, 0.1
+        config.learner.reference_weight, config.learner.reference_in = 1e-3, "velocity"
     if variant == "reuse":
         config.learner.epochs, config.learner.step_weights, config.learner.objective = 2, "flat", "kl_mask"
     return config

@@ -16,7 +16,7 @@ from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards import Pending, RewardError, Scores
 from egrpo_jax.rl.advantage import complete_groups
-from egrpo_jax.rl.plan import Deal
+from egrpo_jax.rl.plan import Deal, Plan
 from egrpo_jax.rl.transitions import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import RewardsConfig
@@ -66,10 +66,7 @@ def run_iteration(
     with hosts.agreed():
         conditioning = job.pipeline.encode(prompts)
     keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, job.rollouts)
-    if plan.seeds > 1:
-        prompts = [prompt for prompt in prompts for _ in range(plan.seeds)]
-        conditioning = jax.tree.map(lambda x: np.repeat(x, plan.seeds, axis=0), conditioning)
-
+    prompts, conditioning = of_seeds(plan, prompts, conditioning)
     state = progress.state
     params = combine(state.trailing if config.learner.samples == "trailing" else state.params, frozen)
     samples = sample_and_score(job, phases, params, plan.schedule(), prompts, conditioning, keys, timer)
@@ -85,6 +82,14 @@ def run_iteration(
     numbers |= update_numbers(advantage, stats, state)
     numbers |= {"groups": float(job.rollouts * len(plan.groups)), "groups_left_out": float(left_out)}
     return Progress(state, progress.key, iteration + 1, progress.position + count), numbers
+
+
+def of_seeds(plan: Plan, prompts: list[str], conditioning: Any) -> tuple[list[str], Any]:
+    """Prompts and their conditioning as those of rollouts, of which each prompt has one for each seed."""
+    if plan.seeds == 1:
+        return prompts, conditioning
+    repeated = [prompt for prompt in prompts for _ in range(plan.seeds)]
+    return repeated, jax.tree.map(lambda x: np.repeat(x, plan.seeds, axis=0), conditioning)
 
 
 def sample_and_score(

@@ -23,7 +23,7 @@ from egrpo_jax.rl.transitions import prompt_keys
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.run.timing import PhaseTimer
 from egrpo_jax.training.config import TrainConfig
-from egrpo_jax.training.iteration import run_iteration, sample_and_score
+from egrpo_jax.training.iteration import of_seeds, run_iteration, sample_and_score
 from egrpo_jax.training.job import make_job
 from egrpo_jax.training.phases import make_phases
 from egrpo_jax.training.state import start_or_resume
@@ -40,7 +40,9 @@ def main(config_file, out, *where):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(argument) if argument else module.get_config()
-    config.prompts_per_iteration, config.plan.num_steps, config.plan.group_size = prompts, 4, group_size
+    config.prompts_per_iteration, config.plan.group_size = prompts, group_size
+    if config.plan.algorithm == "egrpo":
+        config.plan.num_steps = 4
     config.rewards.heldout = ()
     config = dataclasses.replace(from_config_dict(TrainConfig, config), mesh=MeshConfig(*map(int, axes)))
     mesh = make_mesh(config.mesh)
@@ -53,7 +55,7 @@ def main(config_file, out, *where):
         for _ in range(3):
             progress, metrics = run_iteration(job, phases, frozen, progress, PhaseTimer())
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        found = whole({"state": progress.state, "samples": [block.next_latents for block in samples.transitions]})
+        found = whole({"state": progress.state, "samples": samples.transitions})
     found |= {"scores": samples.scores, "finite": samples.finite}
     leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(found)}
     numbers = {"reward": metrics[f"reward/{config.rewards.train[0]}/mean"], "ratio": metrics["ratio/max_deviation"]}
@@ -64,9 +66,10 @@ def main(config_file, out, *where):
 def draw(job, phases, frozen, progress):
     """The first iteration's samples, by parameters that are the same everywhere."""
     prompts = job.prompts[: job.config.prompts_per_iteration]
+    prompts, conditioning = of_seeds(job.plan, prompts, job.pipeline.encode(prompts))
     keys = prompt_keys(progress.key, 0, len(prompts))
     params, schedule = combine(progress.state.params, frozen), job.plan.schedule()
-    return sample_and_score(job, phases, params, schedule, prompts, job.pipeline.encode(prompts), keys, PhaseTimer())
+    return sample_and_score(job, phases, params, schedule, prompts, conditioning, keys, PhaseTimer())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,20 @@ def assert_same(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.mesh
+@pytest.mark.parametrize(
+    "size",
+    [  # four devices, of which two share each of three prompts
+        "mix_grpo@6x4", "branch_grpo@6x4", "dance_grpo@6x4", "flow_grpo@6x4", "tempflow_grpo@6x3", "diffusion_nft@6x4",
+        "v_grpo@6x4",
+    ],
+)  # fmt: skip
+def test_no_algorithm_depends_on_the_devices(tmp_path, size):
+    config = f"tests/toy.py:{size}"
+    assert_same(run(config, tmp_path / "four.npz", 2, 2, 1), run(config, tmp_path / "one.npz", 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
 @pytest.mark.parametrize("variant", ["", ",lora", ",int8", ",offload"])
 def test_flux_with_sharded_parameters(tmp_path, variant):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
