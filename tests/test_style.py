@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "egrpo_jax").rglob("*.py"))
+FILES = sorted(path for folder in ("egrpo_jax", "examples") for path in (ROOT / folder).rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
