@@ -34,7 +34,7 @@ from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import Euler, solve
 from egrpo_jax.rl.algorithms.base import ALGORITHMS
 from egrpo_jax.rl.deal import deal_states
-from egrpo_jax.rl.update import Batch, policy_gradient, score_batch, take_batch
+from egrpo_jax.rl.update import policy_gradient, score_batch, take_batch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,21 +149,17 @@ def make_iteration(plan: rl.Plan) -> Callable[[rl.TrainState, Any, chex.PRNGKey]
 
 
 def update(plan: rl.Plan, state: rl.TrainState, rollout: rl.Rollout, advantage: chex.Array) -> rl.TrainState:
-    """The state after an update by the clipped policy ratio of the rollout's random steps."""
-    model = (velocity, plan.process, LEARNER)
+    """The state after an update by what the rollout has to learn from."""
+    model = (velocity, plan.objective(LEARNER))
     score = lambda params, batch: score_batch(*model, params, (), batch)
     gradient = lambda params, batches: policy_gradient(*model, params, (), batches)
-    batches = tuple(make_batch(plan, block, advantage) for block in rollout.transitions)
+    parts = zip(rollout.transitions, plan.blocks, plan.shares, strict=True)
+    weights = plan.step_weights(LEARNER.step_weights)
+    batches = tuple(
+        take_batch(block, advantage, weights, deal_states(len(advantage), size.states, workers=1, share=share))
+        for block, size, share in parts
+    )
     return rl.update_policy(score, gradient, OPTIMIZER, LEARNER, state, batches)[0]
-
-
-def make_batch(plan: rl.Plan, transitions: rl.Transitions, advantage: chex.Array) -> Batch:
-    """All transitions of one shape; of several shapes, each weighs by its share of the samples."""
-    rollouts, states, samples = transitions.log_prob.shape
-    share = states * samples / sum(block.states * block.samples for block in plan.blocks)
-    dealt = deal_states(rollouts, states, workers=1)
-    dealt = dealt._replace(weight=dealt.weight * np.float32(share))
-    return take_batch(transitions, advantage, np.ones(len(plan.branches)), dealt)
 
 
 class Result(NamedTuple):
@@ -198,9 +194,11 @@ def tune(name: str, base: Any, bar: tqdm) -> Result:
 
 
 def random_steps(rollout: rl.Rollout) -> np.ndarray:
-    """Start and end of those of the first prompt, `[S, 2, 2]`; some algorithms may have none."""
+    """Start and end of those of the first prompt, `[S, 2, 2]`; some algorithms have none."""
     found = [np.empty((0, 2, 2))]
     for block in rollout.transitions:
+        if not isinstance(block, rl.Transitions):
+            continue
         ends = np.asarray(block.next_latents)[0]  # [M, S, 1, 2], from M states
         starts = np.broadcast_to(np.asarray(block.latents)[0, :, None], ends.shape)
         found.append(np.concatenate([starts, ends], axis=2).reshape(-1, 2, 2))

@@ -54,7 +54,7 @@ class States(NamedTuple):
     Attributes:
       prompt: of the worker's own P'.
       state: of the prompt's.
-      weight: sums to 1 over an update; 0 for a state that only fills up.
+      weight: sums to its share of an update; 0 for a state that only fills up.
     """
 
     prompt: np.ndarray
@@ -102,12 +102,17 @@ def deal_tails(plan: AnchorPlan, num_prompts: int, workers: int, slots: int | No
 
 
 def deal_states(
-    num_prompts: int, num_states: int, workers: int, updates: int = 1, micro_batch: int | None = None
+    num_prompts: int,
+    num_states: int,
+    workers: int,
+    updates: int = 1,
+    micro_batch: int | None = None,
+    share: float = 1.0,
 ) -> States:
     """The trained states of all P prompts, so many of each, in `updates` equal parts, state after state.
 
     A worker's states of an update come in micro-batches of `micro_batch`, by default all at once; states of weight 0
-    fill up what is not whole.
+    fill up what is not whole. The weights of an update sum to `share`: there may be other states in it.
     """
     teams, members, each = _teams(num_prompts, workers)
     states = np.stack(np.meshgrid(np.arange(num_states), np.arange(each), indexing="ij"), -1).reshape(updates, -1, 2)
@@ -116,7 +121,7 @@ def deal_states(
     padded = math.ceil(on_each / batch) * batch * members
     missing = padded - states.shape[1]
     filled = np.pad(states, ((0, 0), (0, missing), (0, 0)), mode="edge")
-    weight = np.where(np.arange(padded) < states.shape[1], 1 / (teams * states.shape[1]), 0.0).astype(np.float32)
+    weight = np.where(np.arange(padded) < states.shape[1], share / (teams * states.shape[1]), 0.0).astype(np.float32)
 
     def cut(table: np.ndarray) -> np.ndarray:
         # State i is the member i % members': those that fill up come to all members alike.

@@ -108,6 +108,12 @@ class Plan(abc.ABC):
         """Sizes of the transitions of a rollout."""
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all samples that train, the shares of `blocks`."""
+        counts = [block.states * block.samples for block in self.blocks]
+        return tuple(count / sum(counts) for count in counts)
+
+    @property
     @abc.abstractmethod
     def shared_passes(self) -> int:
         """Forward passes of a rollout before its samples go their own ways."""

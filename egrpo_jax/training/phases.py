@@ -144,21 +144,21 @@ def _update(
         job.optimizer,
         config,
         state,
-        tuple(_batch(job, block, advantage, step_weights) for block in transitions),
+        tuple(
+            _batch(job, block, share, advantage, step_weights)
+            for block, share in zip(transitions, job.plan.shares, strict=True)
+        ),
         iteration,
     )
 
 
-def _batch(job: Job, transitions: Transitions, advantage: chex.Array, step_weights: chex.Array) -> Batch:
+def _batch(job: Job, block: Any, share: float, advantage: chex.Array, step_weights: chex.Array) -> Batch:
     """The trained states of all workers, `[U, D M, B]`, of one block of transitions, in rows dealt to them."""
-    config, (_, num_states, num_samples) = job.config.learner, transitions.sample.shape
+    config, num_states = job.config.learner, block.step.shape[1]
     updates = config.updates_of_epoch(num_states)
-    states = deal_states(job.rollouts, num_states, sample_devices(), updates, config.micro_batch)
-    of_all = sum(block.states * block.samples for block in job.plan.blocks)
-    share = num_states * num_samples / of_all  # of an update's samples those that are of this block
-    states = states if share == 1 else states._replace(weight=states.weight * np.float32(share))
+    states = deal_states(job.rollouts, num_states, sample_devices(), updates, config.micro_batch, share)
     in_specs = (over_samples(), over_samples(), REPLICATED, over_samples(1))
-    return spread(take_batch, in_specs, over_samples(1))(transitions, advantage, step_weights, states)
+    return spread(take_batch, in_specs, over_samples(1))(block, advantage, step_weights, states)
 
 
 def _take(tree: Any, rows: np.ndarray) -> Any:
