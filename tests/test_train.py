@@ -525,6 +525,26 @@ def test_moments_that_rest_on_the_host_change_nothing_but_where_they_are(finishe
     assert program.train(usual, tmp_path, allow_config_change=True) is None
 
 
+@pytest.mark.parametrize("variant", ["mix_grpo", "diffusion_nft"])
+def test_resumed_within_a_moving_schedule_a_run_ends_as_if_never_stopped(tmp_path, variant):
+    """Its window moves in every iteration; a trailing copy, whose decay rises, makes the samples."""
+    for name, parts in (("whole", (4,)), ("parted", (2, 4))):
+        for iterations in parts:
+            moving = config(variant, **ONE_CALL, num_iterations=iterations)
+            assert program.train(moving, tmp_path / name, allow_config_change=True) is None
+    states = []
+    for name in ("whole", "parted"):
+        saved = ocp.StandardCheckpointer().restore(tmp_path / name / "checkpoints" / "4" / "state")
+        states.append({jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(saved)})
+    assert states[0].keys() == states[1].keys()
+    assert variant != "diffusion_nft" or any("trailing" in name for name in states[0])
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(states[1][name], value, err_msg=name)
+    whole, parted = (untimed_metrics(tmp_path / name) for name in ("whole", "parted"))
+    trained = lambda lines: [{k: v for k, v in line.items() if not k.startswith("eval")} for line in lines]
+    assert trained(whole) == trained(parted)
+
+
 def test_another_config_is_refused_unless_told(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

@@ -150,7 +150,8 @@ def kept_beside(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
         rollouts = job.rollouts // job.rollouts_at_once
         # Those of the rollout at hand are its output; while it is decoded they are kept.
         kept = steps if phase == "decode" else steps * (rollouts - 1) / rollouts
-        parts |= {"moments": bytes_on_device(state.opt_state), "average": bytes_on_device(state.ema), "steps": kept}
+        copies = bytes_on_device((state.ema, state.reference, state.trailing))
+        parts |= {"moments": bytes_on_device(state.opt_state), "averages and copies": copies, "steps": kept}
     return {name: value for name, value in parts.items() if value}
 
 

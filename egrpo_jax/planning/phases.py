@@ -167,7 +167,8 @@ def named_arguments(job: Job, mesh: Mesh, phase: str) -> dict[str, float]:
         return {"weights": bytes_on_device(arguments[0]), "inputs": bytes_on_device(arguments[1:])}
     state, frozen, *inputs = arguments
     parts = {"trained weights": state.params, "frozen weights": frozen, "moments": state.opt_state}
-    return {name: bytes_on_device(part) for name, part in (parts | {"average": state.ema, "inputs": inputs}).items()}
+    parts |= {"averages and copies": (state.ema, state.reference, state.trailing), "inputs": inputs}
+    return {name: bytes_on_device(part) for name, part in parts.items()}
 
 
 def bytes_on_device(tree: Any) -> float:

@@ -64,9 +64,9 @@ def test_every_phase_of_the_toy_run(mesh):
     # 12 x 12 weights, 12 biases, 3 x 12 for text, in float32; two moments, a count and the learning rate; an average.
     weights = 4 * (12 * 12 + 12 + 3 * 12)
     update = costs["update"].compiled.arguments
-    assert (update["trained weights"], update["average"], update["frozen weights"]) == (weights, weights, 0)
+    assert (update["trained weights"], update["averages and copies"], update["frozen weights"]) == (weights, weights, 0)
     assert 2 * weights <= update["moments"] <= 2 * weights + 16
-    assert costs["rollout"].beside == {"moments": update["moments"], "average": weights}
+    assert costs["rollout"].beside == {"moments": update["moments"], "averages and copies": weights}
     # By hand: [4, 12] x [12, 12] for latents, [3] x [3, 12] for text, which is computed once for an anchor's steps.
     passes, latents, text = count_passes(job), 2 * 4 * 12 * 12, 2 * 3 * 12
     expected = (passes.shared + passes.own) * latents + (8 + passes.own) * text
