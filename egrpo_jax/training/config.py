@@ -31,8 +31,8 @@ class RewardsConfig:
       weights: one weight for each of them; below 0 trains against it.
       combination: how they become one advantage. "advantages": each is normalised, then weighted and added; "sum":
         weighted and added, then normalised; "decoupled": normalised, weighted, added, and normalised over all samples.
-      mean_of: the samples that a reward is compared with: "group", those of the plan's group, in the paper of its prompt
-        and active step; "prompt", all of its prompt, so that a step that does better than others gains; "all".
+      mean_of: the samples that a reward is compared with: "group", those of the plan's group, in the paper of its
+        prompt and active step; "prompt", all of its prompt, so that a step that does better than others gains; "all".
       std_of: the samples by whose spread that is measured, as wide a choice or a wider one: "all" is Flow-GRPO's global
         std, "prompt" with `mean_of` "group" lets steps that matter more weigh more.
       trim: the share of a group, its lowest rewards, that mean and std are not of (MixGRPO), whole samples, rounded
