@@ -34,6 +34,7 @@ from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.flow.solver import Euler, solve
 from egrpo_jax.rl.algorithms.base import ALGORITHMS
 from egrpo_jax.rl.deal import deal_states
+from egrpo_jax.rl.rollout import walk_anchors
 from egrpo_jax.rl.update import policy_gradient, score_batch, take_batch
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ SETTINGS: dict[str, Any] = {"num_steps": 10, "shift": 1.0, "group_size": 8}
 MORE_SETTINGS: dict[str, dict[str, Any]] = {
     "g2rpo": {"active": 5},
     "mix_grpo": {"move_every": 5},
+    "ada_grpo": {"candidates": 4},
     "branch_grpo": {"splits": (0, 2, 4)},
 }
 """Where the defaults do not suit so few steps, samples and iterations."""
@@ -132,12 +134,13 @@ def mean_reward(params: Any) -> float:
 def make_iteration(plan: rl.Plan) -> Callable[[rl.TrainState, Any, chex.PRNGKey], tuple[rl.TrainState, rl.Rollout]]:
     """An iteration by plans of this one's shape, compiled: `(state, schedule, key)` to the new state and a rollout."""
     rollouts = PROMPTS * plan.seeds
+    candidates = rollouts * plan.candidates
     deal = plan.deal(rollouts, workers=1, slots=None)
     groups = (rollouts, len(plan.groups), len(plan.tail_solvers), plan.group_size)
 
     def iteration(state: rl.TrainState, schedule: Any, key: chex.PRNGKey) -> tuple[rl.TrainState, rl.Rollout]:
-        keys = rl.prompt_keys(key, 0, rollouts)
-        rollout = plan.roll_out(velocity, state.params, deal, schedule, (), keys, SHAPE)
+        given, keys = choose(plan, state.params, rl.prompt_keys(key, 0, candidates))
+        rollout = plan.roll_out(velocity, state.params, deal, schedule, given, keys, SHAPE)
         scores = reward(rollout.latents)[np.argsort(deal.sample)].reshape(groups)
         normalise = lambda rewards, came: rl.credit(rewards, came, weights={"nearness": 1.0})
         advantage = plan.credit(normalise, {"nearness": scores}, jnp.ones(groups, bool))
@@ -146,6 +149,16 @@ def make_iteration(plan: rl.Plan) -> Callable[[rl.TrainState, Any, chex.PRNGKey]
     # Compiling takes far longer than running does, so on the CPU, where it can be told so, XLA need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(iteration, compiler_options=options)
+
+
+def choose(plan: rl.Plan, params: Any, keys: chex.PRNGKey) -> tuple[Any, chex.PRNGKey]:
+    """Conditioning and keys of the rollouts: of all, or of those of each so many whose anchors' rewards are usual."""
+    if not isinstance(plan, rl.AnchorPlan) or plan.candidates == 1:
+        return (), keys
+    anchors, ends = walk_anchors(velocity, params, plan, (), keys, SHAPE)
+    rewards = reward(ends).reshape(-1, plan.candidates)
+    rows = jnp.abs(rewards - rewards.mean()).argmin(1) + plan.candidates * jnp.arange(len(rewards))
+    return ((), jax.tree.map(lambda x: x[rows], anchors)), keys[rows]
 
 
 def update(plan: rl.Plan, state: rl.TrainState, rollout: rl.Rollout, advantage: chex.Array) -> rl.TrainState:

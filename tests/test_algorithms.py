@@ -29,7 +29,7 @@ def costs(plan):
         plan.rollout_passes,
         plan.training_passes,
         plan.update_equivalents(LearnerConfig()),
-        plan.seeds * plan.decodes,
+        plan.images,
     )
 
 
@@ -68,6 +68,7 @@ def test_pictures_are_small_and_of_the_plans_that_there_are(form):
         ("E-GRPO", {"algorithm": "egrpo"}, 0),
         ("G2RPO", {"algorithm": "g2rpo"}, 0),
         ("G2RPO", {"algorithm": "g2rpo", "granularities": (1, 2, 3)}, 0),
+        ("AdaGRPO", {"algorithm": "ada_grpo"}, 0),
         ("TempFlow-GRPO", {"algorithm": "tempflow_grpo"}, 0),
         ("Flow-GRPO", {"algorithm": "flow_grpo"}, 0),
         ("Flow-GRPO", {"algorithm": "flow_grpo", "num_steps": 10}, 0),

@@ -525,9 +525,10 @@ def test_moments_that_rest_on_the_host_change_nothing_but_where_they_are(finishe
     assert program.train(usual, tmp_path, allow_config_change=True) is None
 
 
-@pytest.mark.parametrize("variant", ["mix_grpo", "diffusion_nft"])
+@pytest.mark.parametrize("variant", ["mix_grpo", "diffusion_nft", "ada_grpo"])
 def test_resumed_within_a_moving_schedule_a_run_ends_as_if_never_stopped(tmp_path, variant):
-    """Its window moves in every iteration; a trailing copy, whose decay rises, makes the samples."""
+    """Its window moves in every iteration; a trailing copy, whose decay rises, makes the samples; a running mean
+    chooses the prompts."""
     for name, parts in (("whole", (4,)), ("parted", (2, 4))):
         for iterations in parts:
             moving = config(variant, **ONE_CALL, num_iterations=iterations)

@@ -38,6 +38,7 @@ def velocity(params, latents, time, conditioning):
 SMALL = {
     "egrpo": {"num_steps": 6, "group_size": 4},
     "g2rpo": {"num_steps": 6, "group_size": 4, "active": 3},
+    "ada_grpo": {"num_steps": 6, "group_size": 4, "active_steps": (0, 2), "candidates": 3},
     "tempflow_grpo": {"num_steps": 4, "group_size": 3, "seeds": 2},
     "flow_grpo": {"num_steps": 4, "group_size": 4},
     "flow_grpo_fast": {"num_steps": 6, "group_size": 4, "window": 2, "window_end": 5},

@@ -61,7 +61,7 @@ def count_passes(job: Job) -> Passes:
         own=job.rollouts * plan.own_passes,
         training=states * learner.epochs,
         scoring=states * learner.scorings(len(plan.branches)),
-        images=job.rollouts * plan.decodes,
+        images=prompts * plan.images,
         forward_flops=job.pipeline.forward_flops,
         training_flops=job.pipeline.training_flops,
         decode_flops=job.pipeline.decode_flops,

@@ -20,7 +20,7 @@ from egrpo_jax.pipelines import sketch_pipeline
 from egrpo_jax.planning import hlo
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.plan import Deal
-from egrpo_jax.rl.transitions import prompt_keys
+from egrpo_jax.rl.transitions import Anchors, prompt_keys
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.phases import make_phases
@@ -123,7 +123,7 @@ def _arguments(job: Job, deal: Deal, mesh: Mesh, phase: str) -> tuple[Any, ...]:
     if phase == "rollout":
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         schedule = jax.tree.map(lambda table: _replicated(mesh, table), job.plan.schedule())
-        return params, schedule, _conditioning(job, mesh, count), _array(mesh, keys.shape, keys.dtype)
+        return params, schedule, _given(job, mesh, count), _array(mesh, keys.shape, keys.dtype)
     if phase == "decode":
         return params, _array(mesh, (len(deal.sample), *job.pipeline.latents_shape))
     frozen, plan = partition(params, job.pipeline.trainable)[1], job.plan
@@ -140,9 +140,20 @@ def abstract_transitions(job: Job, mesh: Mesh) -> Any:
 
     def one() -> Any:
         keys, still = prompt_keys(jax.random.key(0), 0, 1), lambda *inputs: inputs[1]
-        return plan.roll_out(still, {}, deal, plan.schedule(), {}, keys, shape).transitions
+        states = jnp.zeros((1, len(plan.branches), *shape))
+        given: Any = {} if plan.candidates == 1 else ({}, Anchors(states, states))
+        return plan.roll_out(still, {}, deal, plan.schedule(), given, keys, shape).transitions
 
     return jax.tree.map(lambda x: _array(mesh, (job.rollouts, *x.shape[1:]), x.dtype), jax.eval_shape(one))
+
+
+def _given(job: Job, mesh: Mesh, count: int) -> Any:
+    """The conditioning of rollouts, with their anchors where these have been walked to choose among prompts."""
+    conditioning = _conditioning(job, mesh, count)
+    if job.plan.candidates == 1:
+        return conditioning
+    states = (count, len(job.plan.branches), *job.pipeline.latents_shape)
+    return conditioning, Anchors(_array(mesh, states), _array(mesh, states))
 
 
 def _conditioning(job: Job, mesh: Mesh, prompts: int) -> Any:

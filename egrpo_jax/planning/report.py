@@ -39,7 +39,7 @@ def _work(job: Job) -> list[str]:
     ]
     prompts = job.config.prompts_per_iteration
     lines = [
-        f"an iteration: {prompts} prompts, {job.rollouts * job.plan.decodes} images",
+        f"an iteration: {prompts} prompts, {prompts * job.plan.images} images",
         f"{'':24s}passes       PFLOP",
     ]
     for name, passes, kind, flops in rows:

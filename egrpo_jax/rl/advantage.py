@@ -135,6 +135,24 @@ def trimmed(trim: float, group_size: int) -> int:
     return int(trim * group_size + 1e-6)  # 0.29 * 100 is 28.999... in binary
 
 
+def running_advantage(reward: chex.Array, came: chex.Array, mean: chex.Array, std: chex.Array) -> chex.Array:
+    """The part of AdaGRPO's advantage that compares with all iterations (arXiv:2606.06828).
+
+    z = (R - mean) / (std + 1e-8), of which those above 0 are divided by their sum and those below by minus theirs, so
+    that each side weighs 1 in all; where one side is empty, z less its mean.
+
+    Args:
+      reward: R, of any shape.
+      came: whether it is one, like it; 0 where it is not.
+      mean, std: running ones, `[]`.
+    """
+    z = jnp.where(came, (reward - mean) / (std + _EPS), 0.0)
+    above, below = jnp.sum(z, where=z > 0), -jnp.sum(z, where=z < 0)
+    sides = jnp.where(z > 0, z / jnp.where(above > 0, above, 1), z / jnp.where(below > 0, below, 1))
+    centred = jnp.where(came, z - z.mean(where=came), 0.0)
+    return jnp.where((above > 0) & (below > 0), sides, centred)
+
+
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
     """The share of groups `[..., G]` in which all rewards are equal: they teach nothing."""
     return _all_equal(rewards, (-1,)).mean()

@@ -48,6 +48,16 @@ class Tails(NamedTuple):
         return Tails._make((0, 1, 1, 1, 1, 0))
 
 
+class Candidates(NamedTuple):
+    """Prompts whose anchors are scored.
+
+    Attributes:
+      sample: the prompt that each end of D workers is of, `[D P']`; -1 for one that another worker has too.
+    """
+
+    sample: np.ndarray
+
+
 class States(NamedTuple):
     """The trained states of D workers in U updates of M micro-batches of B each: `[U, D M, B]`.
 
@@ -71,6 +81,14 @@ def deal_prompts(num_prompts: int, workers: int) -> np.ndarray:
 def first_rows(num_prompts: int, workers: int) -> np.ndarray:
     """The row of `deal_prompts`, made flat, in which each prompt comes first: `[P]`."""
     return np.unique(deal_prompts(num_prompts, workers), return_index=True)[1]
+
+
+def deal_candidates(count: int, workers: int) -> Candidates:
+    """The ends of `count` anchors, of which those that the members of a team repeat count once."""
+    rows, first = deal_prompts(count, workers).ravel(), first_rows(count, workers)
+    sample = np.full(len(rows), -1)
+    sample[first] = np.arange(count)
+    return Candidates(sample)
 
 
 def default_slots(plan: AnchorPlan, num_prompts: int, workers: int) -> int:

@@ -79,6 +79,7 @@ class Plan(abc.ABC):
       tail_solvers: each walks a tail of every sample.
       seeds: rollouts of each prompt, each from an initial noise of its own.
       merges_seeds: samples are compared with those of all seeds of their prompt, not of their own alone.
+      candidates: prompts of which one trains, chosen by the reward of its anchor, which all of them walk (AdaGRPO).
     """
 
     times: Times
@@ -88,6 +89,7 @@ class Plan(abc.ABC):
     tail_solvers: tuple[Solver, ...]
     seeds: int = 1
     merges_seeds: bool = False
+    candidates: int = 1
 
     updates_by_step: ClassVar[bool]
     """True if the states of each random step can make an update of their own."""
@@ -201,6 +203,11 @@ class Plan(abc.ABC):
         )
 
     @property
+    def images(self) -> int:
+        """Images decoded and scored for one prompt that trains."""
+        return self.seeds * self.decodes + (self.candidates if self.candidates > 1 else 0)
+
+    @property
     def rollout_passes(self) -> int:
         """Model forward passes of one prompt's rollouts."""
         return self.seeds * (self.shared_passes + self.own_passes)
@@ -250,7 +257,12 @@ class AnchorPlan(Plan):
     """The plan of an anchor and groups that branch off it, each sample by one random step; see the module's docstring.
 
     All of it is static: `schedule` is empty.
+
+    Attributes:
+      memory: the share of what it was that the running mean of rewards keeps, by which one of `candidates` is chosen.
     """
+
+    memory: float = 0.8
 
     updates_by_step: ClassVar[bool] = True
 
@@ -266,8 +278,8 @@ class AnchorPlan(Plan):
 
     @property
     def shared_passes(self) -> int:
-        """The anchor's; branching needs none."""
-        return self.num_steps
+        """The anchors'; branching needs none."""
+        return self.candidates * self.num_steps
 
     @property
     def own_passes(self) -> int:
@@ -298,9 +310,15 @@ class AnchorPlan(Plan):
         keys: chex.Array,
         shape: tuple[int, int],
     ) -> Rollout:
-        """See `Plan`; the states are those of all of a worker's rollouts, also where it shares their tails."""
+        """See `Plan`; the states are those of all of a worker's rollouts, also where it shares their tails.
+
+        With `candidates` the conditioning is a pair: of the prompts that were chosen, and their `Anchors`.
+        """
         del schedule
-        return roll_out(velocity_fn, params, self, deal, conditioning, keys, shape)
+        anchors = None
+        if self.candidates > 1:
+            conditioning, anchors = conditioning
+        return roll_out(velocity_fn, params, self, deal, conditioning, keys, shape, anchors)
 
     def gather(self, transitions: tuple[Transitions, ...], num_rows: int, workers: int) -> tuple[Transitions, ...]:
         """One row of each rollout."""
@@ -320,7 +338,7 @@ def describe(plan: Plan) -> str:
             + ("  clamped: no merge comes to the threshold" if branch.clamped else "")
         )
     lines.append(
-        f"for each prompt: {plan.rollout_passes} forward passes and {plan.seeds * plan.decodes} images in the rollout, "
+        f"for each prompt: {plan.rollout_passes} forward passes and {plan.images} images in the rollout, "
         f"{plan.training_passes} forward and backward passes in the update"
     )
     return "\n".join(lines)

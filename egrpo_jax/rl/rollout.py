@@ -11,10 +11,26 @@ import jax.numpy as jnp
 from egrpo_jax.flow.solver import VelocityFn, solve_path
 from egrpo_jax.flow.transition import draw, log_prob
 from egrpo_jax.rl.deal import Tails
-from egrpo_jax.rl.transitions import Rollout, Transitions, group_kernel, initial_noise, step_noise
+from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions, group_kernel, initial_noise, step_noise
 
 if TYPE_CHECKING:  # a plan rolls itself out
     from egrpo_jax.rl.plan import AnchorPlan
+
+
+@jax.named_scope("anchors")
+def walk_anchors(
+    velocity_fn: VelocityFn,
+    params: Any,
+    plan: AnchorPlan,
+    conditioning: Any,
+    keys: chex.Array,
+    shape: tuple[int, int],
+) -> tuple[Anchors, chex.Array]:
+    """The anchors of P prompts, and where they end, `[P, N, D]`; for the arguments see `roll_out`."""
+    times = jnp.array(plan.times, jnp.float32)
+    steps = jnp.array([branch.step for branch in plan.branches])
+    end, *path = solve_path(velocity_fn, params, initial_noise(keys, shape), times, conditioning)
+    return Anchors(*(jnp.moveaxis(x[steps], 0, 1) for x in path)), end
 
 
 def roll_out(
@@ -25,6 +41,7 @@ def roll_out(
     conditioning: Any,
     keys: chex.Array,
     shape: tuple[int, int],
+    anchors: Anchors | None = None,
 ) -> Rollout:
     """Samples one iteration of `plan`, or a worker's part of it.
 
@@ -37,28 +54,26 @@ def roll_out(
       conditioning: pytree with leading axis P.
       keys: one key for each prompt, `[P]`.
       shape: (N, D) of the latents.
+      anchors: if they have been walked already.
     """
-    times = jnp.array(plan.times, jnp.float32)
-    with jax.named_scope("anchors"):
-        _, path, velocities = solve_path(velocity_fn, params, initial_noise(keys, shape), times, conditioning)
-    transitions = _branch(plan, times, path, velocities, keys)
+    if anchors is None:
+        anchors, _ = walk_anchors(velocity_fn, params, plan, conditioning, keys, shape)
+    transitions = _branch(plan, anchors, keys)
     return Rollout((transitions,), _walk(velocity_fn, params, plan, tails, transitions.next_latents, conditioning))
 
 
 @jax.named_scope("branches")
-def _branch(
-    plan: AnchorPlan, times: chex.Array, path: chex.Array, velocities: chex.Array, keys: chex.Array
-) -> Transitions:
+def _branch(plan: AnchorPlan, anchors: Anchors, keys: chex.Array) -> Transitions:
+    times, (latents, velocity) = jnp.array(plan.times, jnp.float32), anchors
     steps = jnp.array([branch.step for branch in plan.branches])
     stops = jnp.array([branch.stop for branch in plan.branches])
     noises = jnp.array([branch.noise for branch in plan.branches], jnp.float32)
-    latents, velocity = (jnp.moveaxis(x[steps], 0, 1) for x in (path, velocities))
     time, next_time, noise = (
         jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], noises)
     )
     kernel = group_kernel(plan.process, latents, velocity, time, next_time, noise)
     samples = jnp.arange(plan.group_size)
-    next_latents = draw(kernel, step_noise(keys, steps, samples, path.shape[-2:]))
+    next_latents = draw(kernel, step_noise(keys, steps, samples, latents.shape[-2:]))
     density = log_prob(kernel, next_latents)
     step = jnp.broadcast_to(jnp.arange(len(steps)), latents.shape[:2])
     return Transitions(

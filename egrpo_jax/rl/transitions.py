@@ -36,6 +36,13 @@ class Transitions(NamedTuple):
     sample: chex.Array
 
 
+class Anchors(NamedTuple):
+    """The states of P anchors at their E active steps, and the velocities there, each `[P, E, N, D]`."""
+
+    latents: chex.Array
+    velocity: chex.Array
+
+
 class Rollout(NamedTuple):
     """The samples of one iteration.
 

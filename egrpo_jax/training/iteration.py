@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -10,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from egrpo_jax.common.images import finite_images
 from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
-from egrpo_jax.rewards import Pending, RewardError, Scores
+from egrpo_jax.rewards import RewardError, Scores
 from egrpo_jax.rl.advantage import complete_groups
 from egrpo_jax.rl.plan import Deal, Plan
 from egrpo_jax.rl.transitions import Transitions, prompt_keys
@@ -23,7 +21,9 @@ from egrpo_jax.training.config import RewardsConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.numbers import reward_numbers, update_numbers
 from egrpo_jax.training.phases import Phases
-from egrpo_jax.training.state import Progress
+from egrpo_jax.training.scoring import hand_in, in_order, wait
+from egrpo_jax.training.screening import Given, choose_prompts, updated
+from egrpo_jax.training.state import Progress, Running
 
 
 class MissingScoreError(hosts.SharedError):
@@ -62,16 +62,21 @@ def run_iteration(
     """
     config, iteration = job.config, progress.iteration
     count, plan = config.prompts_per_iteration, job.plan_at(iteration)
+    count *= plan.candidates
     prompts = prompts_at(job.prompts, config.seed, progress.position, count)
     with hosts.agreed():
         conditioning = job.pipeline.encode(prompts)
-    keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, job.rollouts)
-    prompts, conditioning = of_seeds(plan, prompts, conditioning)
+    keys = prompt_keys(jax.random.fold_in(progress.key, iteration), 0, count * plan.seeds)
+    given = Given(*of_seeds(plan, prompts, conditioning), keys)
     state = progress.state
     params = combine(state.trailing if config.learner.samples == "trailing" else state.params, frozen)
-    samples = sample_and_score(job, phases, params, plan.schedule(), prompts, conditioning, keys, timer)
+    if plan.candidates > 1:
+        given = choose_prompts(job, phases, params, given, progress.running, timer)
+    samples = sample_and_score(job, phases, params, plan.schedule(), given, timer)
     check_samples(samples, iteration + 1, config.rewards)
-    advantage, left_out = assign_credit(phases, config.rewards, samples.scores)
+    running = updated(progress.running, job, samples.scores) if plan.candidates > 1 else None
+    advantage, left_out = assign_credit(phases, config.rewards, samples.scores, progress.running or running)
+    conditioning = given.conditioning
     weights = plan.step_weights(config.learner.step_weights).astype(np.float32)
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
@@ -81,7 +86,7 @@ def run_iteration(
     numbers = reward_numbers(plan, samples.scores, samples.heldout, samples.finite)
     numbers |= update_numbers(advantage, stats, state)
     numbers |= {"groups": float(job.rollouts * len(plan.groups)), "groups_left_out": float(left_out)}
-    return Progress(state, progress.key, iteration + 1, progress.position + count), numbers
+    return Progress(state, progress.key, iteration + 1, progress.position + count, running), numbers
 
 
 def of_seeds(plan: Plan, prompts: list[str], conditioning: Any) -> tuple[list[str], Any]:
@@ -97,87 +102,48 @@ def sample_and_score(
     phases: Phases,
     params: Any,
     schedule: Any,
-    prompts: Sequence[str],
-    conditioning: Any,
-    keys: chex.Array,
+    given: Given,
     timer: PhaseTimer,
 ) -> Samples:
     """Rolls out so many prompts after another; scoring in the background goes on meanwhile."""
     at_once, deal = job.rollouts_at_once, phases.deal
+    scored = {name: _scored(job, deal, name in job.config.rewards.train) for name in job.rewards}
     transitions, parts = [], []
-    for first in range(0, len(prompts), at_once):
+    for first in range(0, len(given.prompts), at_once):
         rows = slice(first, first + at_once)
         with timer.phase("rollout"):
-            inputs = jax.tree.map(lambda x: x[rows], (conditioning, keys))  # noqa: B023  # used at once
+            inputs = jax.tree.map(lambda x: x[rows], (given.conditioning, given.keys))  # noqa: B023  # used at once
+            if given.anchors:
+                all_anchors, places = given.anchors
+                inputs = (inputs[0], phases.take(all_anchors, places[rows])), inputs[1]
             rollout = jax.block_until_ready(phases.rollout(params, schedule, *inputs))
         with timer.phase("decode"):
             images = jax.block_until_ready(phases.decode(params, rollout.latents))
         with timer.phase("reward"), hosts.agreed(RewardError):
-            parts.append(_hand_in(job, deal, images, prompts[rows]))
+            shown = np.array(given.prompts[rows], object)[deal.sample // job.plan.decodes]
+            parts.append(hand_in(job, images, shown, scored))
         transitions.append(rollout.transitions)
     with timer.phase("reward"):
         with hosts.agreed(RewardError):
-            own = [_wait(part, len(deal.sample)) for part in parts]
+            own = [wait(part, len(deal.sample)) for part in parts]
         judged = hosts.total(own)
     shape = (at_once, len(job.plan.groups), len(job.plan.tail_solvers), job.plan.group_size)
-    in_order = lambda parts: np.concatenate([_in_order(part, deal, shape) for part in parts])
+    ordered = lambda parts: np.concatenate([in_order(part, deal, shape) for part in parts])
     of = lambda name: [part.scores[name] for part in judged]
     seen = _scored(job, deal, train=False)
     only_seen = lambda scores: Scores(scores.values[seen], scores.came[seen])
     return Samples(
         transitions=jax.tree.map(lambda *parts: jnp.concatenate(parts), *transitions),
-        scores={name: Scores(*map(in_order, zip(*of(name), strict=True))) for name in job.config.rewards.train},
+        scores={name: Scores(*map(ordered, zip(*of(name), strict=True))) for name in job.config.rewards.train},
         heldout={name: Scores.join([*map(only_seen, of(name))]).mean() for name in job.config.rewards.heldout},
-        finite=in_order([part.finite for part in judged]),
+        finite=ordered([part.finite for part in judged]),
     )
-
-
-class _HandedIn(NamedTuple):
-    """Images of a rollout that this process has handed in: for each reward, which of all rows, and their scores."""
-
-    finite: np.ndarray
-    rows: np.ndarray
-    pending: dict[str, tuple[np.ndarray, Pending[Scores]]]
-
-
-class _Judged(NamedTuple):
-    """Of all M images of a rollout, in the order of its tails: if they are finite, `[M]`, and their scores."""
-
-    finite: np.ndarray
-    scores: dict[str, Scores]
 
 
 def _scored(job: Job, deal: Deal, train: bool) -> np.ndarray:
     """Which images of a rollout are scored: all, or by held-out rewards the first of each group."""
     real, first = deal.sample >= 0, deal.sample % job.plan.group_size == 0
     return real if train else real & first
-
-
-def _hand_in(job: Job, deal: Deal, images: jax.Array, prompts: Sequence[str]) -> _HandedIn:
-    """Begins to score the images of `prompts` that this process's devices have made."""
-    rows, own = hosts.own_rows(images)
-    shown = np.array(prompts, object)[deal.sample[rows] // job.plan.decodes]
-    pending = {}
-    with hosts.alone(jax.sharding.get_mesh()):
-        for name, reward in job.rewards.items():
-            chosen = _scored(job, deal, name in job.config.rewards.train)[rows]
-            judged = own if chosen.all() else jnp.take(own, np.flatnonzero(chosen), axis=0, mode="clip")
-            scores = reward.start(judged, list(shown[chosen]))
-            pending[name] = rows[chosen], scores
-        return _HandedIn(np.asarray(finite_images(own)), rows, pending)
-
-
-def _wait(part: _HandedIn, count: int) -> _Judged:
-    """What is known of all `count` images once this process's own are scored."""
-    scores = {name: hosts.placed(pending(), rows, count) for name, (rows, pending) in part.pending.items()}
-    return _Judged(hosts.placed(part.finite, part.rows, count), scores)
-
-
-def _in_order(values: np.ndarray, deal: Deal, shape: tuple[int, ...]) -> np.ndarray:
-    """`values` of a rollout's images, in the order of `deal`, by the sample that each is of: `shape` (P, E, R, G)."""
-    ordered, real = np.empty(shape, values.dtype), deal.sample >= 0
-    ordered.ravel()[deal.sample[real]] = values[real]
-    return ordered
 
 
 def check_samples(samples: Samples, iteration: int, config: RewardsConfig) -> None:
@@ -193,11 +159,13 @@ def check_samples(samples: Samples, iteration: int, config: RewardsConfig) -> No
         raise MissingScoreError(f"iteration {iteration}: scores never came: {shown}; rewards.on_missing is 'fail'")
 
 
-def assign_credit(phases: Phases, config: RewardsConfig, scores: dict[str, Scores]) -> tuple[chex.Array, int]:
+def assign_credit(
+    phases: Phases, config: RewardsConfig, scores: dict[str, Scores], running: Running | None = None
+) -> tuple[chex.Array, int]:
     """The advantages `[P, K, G]`, as plan and `rewards` have it, and the number of groups that lack a score.
 
     If all do, there is nothing to learn from: the advantages are nan, and the update is skipped.
     """
     values = {name: scores[name].values for name in config.train}
     came = np.stack([scores[name].came for name in config.train]).all(0)
-    return jax.block_until_ready(phases.credit(values, came)), int((~complete_groups(came)).sum())
+    return jax.block_until_ready(phases.credit(values, came, running)), int((~complete_groups(came)).sum())

@@ -78,7 +78,7 @@ def speed_numbers(job: Job, plan: Plan, timer: PhaseTimer, compiled: Sequence[fl
     B): the model's operations, without what remat repeats, by those of the devices' peak.
     """
     seconds = timer.take()
-    images = job.config.prompts_per_iteration * plan.seeds * plan.decodes
+    images = job.config.prompts_per_iteration * plan.images
     speed = {
         "images_per_second": images / seconds["seconds/iteration"],
         "compilations": len(compiled),
@@ -101,7 +101,7 @@ def _model_flops(job: Job, plan: Plan) -> dict[str, float]:
     update = plan.update_equivalents(learner)
     of_a_prompt = {
         "rollout": (plan.rollout_passes, pipeline.forward_flops),
-        "decode": (plan.seeds * plan.decodes, pipeline.decode_flops),
+        "decode": (plan.images, pipeline.decode_flops),
         "update": (update, pipeline.forward_flops),
     }
     prompts = job.config.prompts_per_iteration

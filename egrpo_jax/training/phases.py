@@ -15,11 +15,12 @@ import numpy as np
 from egrpo_jax.common.trees import combine, partition
 from egrpo_jax.parallel.fsdp import Layout
 from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_devices, spread
-from egrpo_jax.rl.advantage import Credit, complete_groups, credit
-from egrpo_jax.rl.deal import deal_prompts, deal_states
+from egrpo_jax.rl.advantage import Credit, complete_groups, credit, running_advantage
+from egrpo_jax.rl.deal import Candidates, deal_candidates, deal_prompts, deal_states, first_rows
 from egrpo_jax.rl.objective import Batch, Scored
-from egrpo_jax.rl.plan import Deal
-from egrpo_jax.rl.transitions import Rollout, Transitions
+from egrpo_jax.rl.plan import AnchorPlan, Deal
+from egrpo_jax.rl.rollout import walk_anchors
+from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions
 from egrpo_jax.rl.update import (
     Batches,
     StepStats,
@@ -32,7 +33,7 @@ from egrpo_jax.rl.update import (
     update_policy,
 )
 from egrpo_jax.training.job import Job
-from egrpo_jax.training.state import abstract_state
+from egrpo_jax.training.state import Running, abstract_state
 
 
 class Phases(NamedTuple):
@@ -40,17 +41,24 @@ class Phases(NamedTuple):
 
     Attributes:
       deal: how the work of a call of `rollout` is dealt to the devices.
+      screen: `(params, conditioning, keys [C P])` to the `Anchors` of all candidates, and where these end, in the order
+        of `candidates`.
+      candidates: how their ends are dealt; both are None where there are none.
+      take: `(tree, rows)` to so many rows of every leaf.
       rollout: `(params, schedule, conditioning, keys [P])` to a `Rollout`, whose latents are in the order of `deal`.
       decode: `(params, latents [M, N, D])` to images `[M, H, W, 3]`.
-      credit: `(rewards [P, E, R, G] by name, which of them came)` to advantages `[P, K, G]`, see `Plan.credit`.
+      credit: `(rewards [P, E, R, G] by name, which of them came, running)` to advantages `[P, K, G]`.
       update: `(state, frozen, transitions, advantage, step_weights, iteration, conditioning)` to the new state and
         statistics.
     """
 
     deal: Deal
+    screen: Callable[..., tuple[Anchors, chex.Array]] | None
+    candidates: Candidates | None
+    take: Callable[[Any, np.ndarray], Any]
     rollout: Callable[[Any, Any, Any, chex.Array], Rollout]
     decode: Callable[[Any, chex.Array], chex.Array]
-    credit: Callable[[dict[str, chex.Array], chex.Array], chex.Array]
+    credit: Callable[[dict[str, chex.Array], chex.Array, Running | None], chex.Array]
     update: Callable[..., tuple[TrainState, UpdateStats]]
 
 
@@ -67,8 +75,12 @@ def make_phases(job: Job) -> Phases:
     decode = lambda params, latents: job.pipeline.decode(layout.boxed(params), latents)
     kept = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(job, mesh))
     deal = job.plan.deal(job.rollouts_at_once, sample_devices(), job.config.tails_per_device)
+    screens = job.plan.candidates > 1
     return Phases(
         deal=deal,
+        screen=compiled(functools.partial(_screen, job, layout)) if screens else None,
+        candidates=deal_candidates(job.rollouts * job.plan.candidates, sample_devices()) if screens else None,
+        take=jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree)),
         rollout=compiled(functools.partial(_rollout, job, layout, deal)),
         decode=compiled(spread(decode, (layout.specs, over_samples()), over_samples())),
         credit=jax.jit(functools.partial(_credit, job)),
@@ -93,14 +105,39 @@ def _rollout(
     return rollout._replace(transitions=job.plan.gather(rollout.transitions, count, workers))
 
 
-def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array) -> chex.Array:
-    """The advantages, as plan and section `rewards` have it; nan if no group has all of its scores."""
+def _screen(job: Job, layout: Layout, params: Any, conditioning: Any, keys: chex.Array) -> tuple[Anchors, chex.Array]:
+    assert isinstance(job.plan, AnchorPlan)  # which alone has candidates
+    plan = job.plan
+
+    def walk(params: Any, conditioning: Any, keys: chex.Array) -> tuple[Anchors, chex.Array]:
+        velocity = lambda params, *inputs: job.pipeline.velocity(layout.boxed(params), *inputs)
+        return walk_anchors(velocity, params, plan, conditioning, keys, job.pipeline.latents_shape)
+
+    count, workers = len(keys), sample_devices()
+    rows = deal_prompts(count, workers).ravel()
+    anchors, ends = spread(walk, (layout.specs, over_samples(), over_samples()), over_samples())(
+        layout.working_copy(params), *_take((conditioning, keys), rows)
+    )
+    return _take(anchors, first_rows(count, workers)), ends
+
+
+def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array, running: Running | None = None) -> chex.Array:
+    """The advantages, as plan and section `rewards` have it; nan if no group has all of its scores.
+
+    With a running mean they are clipped, and have a part that compares with it.
+    """
     config = job.config.rewards
     weights = dict(zip(config.train, config.weights, strict=True))
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
     how = Credit(**{choice.name: getattr(config, choice.name) for choice in dataclasses.fields(Credit)})
     normalise = lambda values, came: credit(values, came, weights, clips, how)
-    return jnp.where(complete_groups(came).any(), job.plan.credit(normalise, values, came), jnp.nan)
+    advantage = job.plan.credit(normalise, values, came)
+    if running is not None:
+        total = jnp.asarray(sum(weight * values[name] for name, weight in weights.items()))
+        clip = job.config.learner.advantage_clip
+        compared = running_advantage(total, came, running.mean, jnp.sqrt(running.variance)).sum(2)
+        advantage = jnp.where(complete_groups(came)[..., None], advantage.clip(-clip, clip) + compared, 0.0)
+    return jnp.where(complete_groups(came).any(), advantage, jnp.nan)
 
 
 def _update(

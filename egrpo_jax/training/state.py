@@ -23,13 +23,24 @@ from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
 
 
+class Running(NamedTuple):
+    """Mean and variance of rewards over iterations."""
+
+    mean: float
+    variance: float
+
+
 class Progress(NamedTuple):
-    """The point that a run has reached: iterations completed, prompts used, and the key of all its noise."""
+    """The point that a run has reached: iterations completed, prompts used, and the key of all its noise.
+
+    `running` is of the weighted sum of the training rewards; None before the first iteration, and where no plan asks.
+    """
 
     state: TrainState
     key: chex.PRNGKey
     iteration: int
     position: int
+    running: Running | None = None
 
 
 def abstract_state(job: Job, mesh: Mesh) -> TrainState:
@@ -62,7 +73,8 @@ def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change
             "--allow_config_change to go on with the new ones, or choose another workdir"
         )
     key = jax.random.wrap_key_data(tree["key"])
-    return Progress(tree["state"], key, iteration, meta["position"]), job.pipeline.load_frozen(mesh)
+    running = Running(*meta["running"]) if meta.get("running") else None
+    return Progress(tree["state"], key, iteration, meta["position"], running), job.pipeline.load_frozen(mesh)
 
 
 def _first_state(job: Job, trained: Any, abstract: TrainState) -> TrainState:
@@ -80,7 +92,7 @@ def policy_params(state: TrainState) -> Any:
 def save(checkpoints: Checkpoints, progress: Progress, job: Job) -> None:
     """Starts writing a checkpoint."""
     tree = {"state": progress.state, "key": jax.random.key_data(progress.key)}
-    meta = {"position": progress.position, "prompts": prompts_hash(job.prompts)}
+    meta = {"position": progress.position, "prompts": prompts_hash(job.prompts), "running": progress.running}
     checkpoints.save(progress.iteration, tree, meta)
 
 

@@ -19,6 +19,8 @@ COSTS = {  # forward passes, training passes and images of a prompt in the first
     "egrpo:emoji": (8 + 8 * (4 + 3 + 3 + 2), 4, 32),
     "g2rpo": (1696, 8, 192),
     "g2rpo:emoji": (8 + 8 * (4 + 5 + 6 + 7 + 2 + 3 + 3 + 4), 4, 64),
+    "ada_grpo": (10 * 16 + 576, 4, 10 + 48),
+    "ada_grpo:emoji": (4 * 8 + 8 * (7 + 6 + 5 + 4), 4, 4 + 32),
     "tempflow_grpo": (1120, 36, 216),
     "tempflow_grpo:emoji": (2 * (8 + 4 * 28), 14, 56),
     "flow_grpo": (144, 120, 24),
@@ -46,6 +48,7 @@ ON_FLUX = {  # prompts, learning rate, clip range, average, adapters' rank, pixe
     "egrpo": (8, 2e-6, 1e-4, None, None, 720),
     "egrpo:repaired": (8, 2e-6, 4e-6, None, None, 720),
     "g2rpo": (16, 2e-6, 1e-4, None, None, 720),
+    "ada_grpo": (8, 2e-6, 1e-4, None, None, 512),
     "tempflow_grpo": (48, 3e-4, 1e-4, 0.974, 32, 1024),
     "flow_grpo": (48, 3e-4, 1e-4, 0.974, 64, 512),
     "flow_grpo_fast": (48, 3e-4, 1e-5, 0.974, 64, 512),
@@ -63,6 +66,7 @@ ON_FLUX = {  # prompts, learning rate, clip range, average, adapters' rank, pixe
 PLANS = {  # T, shift, process, its noise level, G
     "egrpo": (16, 3.0, "flow_sde", 0.7, 12),
     "g2rpo": (16, 3.0, "flow_sde", 0.7, 12),
+    "ada_grpo": (16, 3.0, "flow_sde", 0.7, 12),
     "tempflow_grpo": (10, 3.158, "flow_sde", 0.7, 6),
     "flow_grpo": (6, 1.878, "flow_sde", 0.9, 24),
     "flow_grpo_fast": (6, 1.878, "cps", 0.8, 24),
@@ -95,7 +99,7 @@ def test_every_algorithm_has_a_config_and_every_config_an_algorithm():
 def test_costs(case):
     found = config(case)
     plan = found.plan.make_plan(0, found.seed)
-    assert (plan.rollout_passes, plan.training_passes, plan.seeds * plan.decodes) == COSTS[case]
+    assert (plan.rollout_passes, plan.training_passes, plan.images) == COSTS[case]
 
 
 @pytest.mark.parametrize("case", COSTS)

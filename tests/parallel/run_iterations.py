@@ -26,6 +26,7 @@ from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.iteration import of_seeds, run_iteration, sample_and_score
 from egrpo_jax.training.job import make_job
 from egrpo_jax.training.phases import make_phases
+from egrpo_jax.training.screening import Given, choose_prompts
 from egrpo_jax.training.state import start_or_resume
 
 
@@ -65,11 +66,13 @@ def main(config_file, out, *where):
 
 def draw(job, phases, frozen, progress):
     """The first iteration's samples, by parameters that are the same everywhere."""
-    prompts = job.prompts[: job.config.prompts_per_iteration]
+    prompts = job.prompts[: job.config.prompts_per_iteration * job.plan.candidates]
     prompts, conditioning = of_seeds(job.plan, prompts, job.pipeline.encode(prompts))
-    keys = prompt_keys(progress.key, 0, len(prompts))
+    given = Given(prompts, conditioning, prompt_keys(progress.key, 0, len(prompts)))
     params, schedule = combine(progress.state.params, frozen), job.plan.schedule()
-    return sample_and_score(job, phases, params, schedule, prompts, conditioning, keys, PhaseTimer())
+    if job.plan.candidates > 1:
+        given = choose_prompts(job, phases, params, given, None, PhaseTimer())
+    return sample_and_score(job, phases, params, schedule, given, PhaseTimer())
 
 
 if __name__ == "__main__":

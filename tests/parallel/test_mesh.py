@@ -56,8 +56,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     "size",
     [  # four devices, of which two share each of three prompts
-        "mix_grpo@6x4", "branch_grpo@6x4", "dance_grpo@6x4", "flow_grpo@6x4", "tempflow_grpo@6x3", "diffusion_nft@6x4",
-        "v_grpo@6x4",
+        "mix_grpo@6x4", "branch_grpo@6x4", "dance_grpo@6x4", "flow_grpo@6x4", "ada_grpo@6x4", "tempflow_grpo@6x3",
+        "diffusion_nft@6x4", "v_grpo@6x4",
     ],
 )  # fmt: skip
 def test_no_algorithm_depends_on_the_devices(tmp_path, size):

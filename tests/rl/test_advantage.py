@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from egrpo_jax.rl.advantage import Credit, complete_groups, group_advantage, trimmed, zero_spread_share
+from egrpo_jax.rl.advantage import (
+    Credit,
+    complete_groups,
+    group_advantage,
+    running_advantage,
+    trimmed,
+    zero_spread_share,
+)
 from egrpo_jax.rl.advantage import credit as credit_of
 
 
@@ -262,3 +269,17 @@ def test_a_share_is_so_many_samples():
     assert trimmed(0.29, 100) == 29
     rewards = jnp.array(np.random.default_rng(4).normal(size=(3, 2, 1, 12)), jnp.float32)
     np.testing.assert_array_equal(group_advantage(rewards, trim=0.08), group_advantage(rewards))
+
+
+def test_how_a_sample_compares_with_all_iterations():
+    rewards = jnp.array([[1.0, 4.0], [2.0, 0.0]])
+    came = jnp.array([[True, True], [True, False]])
+    # z of mean 2 and std 2: -1/2, 1, 0; the last never came.
+    found = running_advantage(rewards, came, jnp.array(2.0), jnp.array(2.0))
+    np.testing.assert_allclose(found, [[-1, 1], [0, 0]], atol=1e-6)
+    # z of mean 0 and std 1: 1, 4, 2, all above: less their mean.
+    found = running_advantage(rewards, came, jnp.array(0.0), jnp.array(1.0))
+    np.testing.assert_allclose(found, [[-4 / 3, 5 / 3], [-1 / 3, 0]], atol=1e-6)
+    # z of mean 3 and std 1: -2, 1, -1: each side sums to 1.
+    found = running_advantage(rewards, came, jnp.array(3.0), jnp.array(1.0))
+    np.testing.assert_allclose(found, [[-2 / 3, 1], [-1 / 3, 0]], atol=1e-6)

@@ -18,6 +18,7 @@ from egrpo_jax.rl.algorithms.flow_grpo import FlowGrpo
 from egrpo_jax.rl.algorithms.flow_grpo_fast import FlowGrpoFast
 from egrpo_jax.rl.algorithms.mix_grpo import MixGrpo
 from egrpo_jax.rl.objective import score_samples
+from egrpo_jax.rl.rollout import walk_anchors
 from egrpo_jax.rl.transitions import initial_noise, prompt_keys, step_noise
 from tests import toy
 
@@ -32,6 +33,11 @@ def run(plan, num_prompts=2, velocity=toy.velocity, workers=1, worker=0, key=0, 
     if workers > 1:
         part = lambda table, axis: np.split(table, workers, axis)[worker]
         deal = jax.tree.map(part, deal, deal.worker_axes())
+    if plan.candidates > 1:
+        more = prompt_keys(jax.random.key(key), 0, rows * plan.candidates)
+        walk = lambda: walk_anchors(velocity, PARAMS, plan, toy.conditioning(len(more)), more, toy.SHAPE)
+        anchors = jax.tree.map(lambda x: x[:rows], jax.jit(walk)()[0])
+        text = {"text": toy.conditioning(len(more))["text"][:rows]}, anchors
     body = lambda schedule: plan.roll_out(velocity, PARAMS, deal, schedule, text, keys, toy.SHAPE)
     return (compiled or jax.jit(body))(plan.schedule())
 
@@ -66,6 +72,7 @@ def test_real_calls_are_those_that_the_plan_says(name):
         ("branch_grpo", {}, 203, 203, 16),
         ("branch_grpo", {"pruned": 5}, 203, 203 - 80, 16),
         ("tempflow_grpo", {}, 1120, 36, 216),
+        ("ada_grpo", {}, 736, 4, 58),
         ("diffusion_nft", {}, 240, 216, 24),
         ("awm", {}, 336, 144, 24),
         ("v_grpo", {}, 192, 48, 12),
@@ -73,7 +80,7 @@ def test_real_calls_are_those_that_the_plan_says(name):
 )
 def test_passes_are_those_needed(name, changes, forward, training, images):
     plan = Algorithm.variant({"algorithm": name})(**changes).make_plan()
-    assert (plan.rollout_passes, plan.training_passes, plan.seeds * plan.decodes) == (forward, training, images)
+    assert (plan.rollout_passes, plan.training_passes, plan.images) == (forward, training, images)
 
 
 def test_mixgrpo_costs_what_it_does_while_its_window_moves():
@@ -192,7 +199,8 @@ def test_a_window_of_one_step_is_egrpo_with_one_active_step():
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("diffusion_nft", "awm", "v_grpo")])
 def test_the_ratio_is_1_before_the_first_update(name):
     plan = toy.small(name).make_plan(1)
-    rollout, text = run(plan, num_prompts=1), toy.conditioning(plan.seeds)
+    rollout, text = run(plan, num_prompts=1), toy.conditioning(max(plan.seeds, plan.candidates))
+    text = jax.tree.map(lambda x: x[: plan.seeds], text)
     for block in rollout.transitions:
         for state in range(block.time.shape[1]):
             own = jax.tree.map(lambda x, state=state: x[:, state], block)

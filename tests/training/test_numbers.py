@@ -14,7 +14,7 @@ def test_each_phase_has_its_share_of_the_peak(monkeypatch):
         config=SimpleNamespace(prompts_per_iteration=2, learner=SimpleNamespace(epochs=1, is_scored=lambda _: False)),
         pipeline=SimpleNamespace(forward_flops=3.0, decode_flops=None),
     )
-    plan = SimpleNamespace(rollout_passes=10, decodes=4, seeds=1, branches=(0, 1), update_equivalents=lambda *_: 6)
+    plan = SimpleNamespace(rollout_passes=10, images=4, branches=(0, 1), update_equivalents=lambda *_: 6)
     seconds = {"seconds/rollout": 2.0, "seconds/update": 0.5, "seconds/iteration": 4.0}
     found = numbers.speed_numbers(job, plan, SimpleNamespace(take=lambda: seconds), [0.5, 0.25])
     most = 100.0 * jax.device_count()

@@ -21,6 +21,7 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
     {
         "egrpo": "egrpo_jax.rl.algorithms.egrpo:EGrpo",
         "g2rpo": "egrpo_jax.rl.algorithms.g2rpo:G2rpo",
+        "ada_grpo": "egrpo_jax.rl.algorithms.ada_grpo:AdaGrpo",
         "tempflow_grpo": "egrpo_jax.rl.algorithms.tempflow_grpo:TempFlowGrpo",
         "flow_grpo": "egrpo_jax.rl.algorithms.flow_grpo:FlowGrpo",
         "flow_grpo_fast": "egrpo_jax.rl.algorithms.flow_grpo_fast:FlowGrpoFast",
