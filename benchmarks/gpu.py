@@ -196,7 +196,9 @@ def lora(size: Size) -> list[Row]:
 
         def update() -> None:
             nonlocal state  # of which the update leaves nothing
-            state, _ = jax.block_until_ready(phases.update(state, frozen, steps, advantage, weights, given))
+            state, _ = jax.block_until_ready(
+                phases.update(state, frozen, steps, advantage, weights, np.int32(0), given)
+            )
 
         count = job.plan.training_passes
         return [*rows, timed(f"update, adapters: {count} states", update, 3 * count * size.shape.flops)]

@@ -112,7 +112,7 @@ def compare(ours: Ours, loop: TorchLoop) -> None:
     norms = [loop.gradient(samples, torch.from_numpy(advantage), *how) for how in updates(plan.group_size)]
     weights = np.ones(len(plan.branches), np.float32)
     state, stats = ours.phases.update(
-        ours.progress.state, ours.frozen, rollout.transitions, advantage, weights, conditioning
+        ours.progress.state, ours.frozen, rollout.transitions, advantage, weights, np.int32(0), conditioning
     )  # which leaves nothing of the state that it was given
     ours.progress = ours.progress._replace(state=state)
     check_near("norms of the gradient", np.repeat(stats.grad_norm, len(norms)), norms)

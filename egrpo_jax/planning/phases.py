@@ -129,7 +129,8 @@ def _arguments(job: Job, deal: Deal, mesh: Mesh, phase: str) -> tuple[Any, ...]:
     frozen, plan = partition(params, job.pipeline.trainable)[1], job.plan
     advantage = _array(mesh, (job.rollouts, len(plan.step_weights("none")), plan.group_size))
     weights = _replicated(mesh, plan.step_weights("none").astype(np.float32))
-    inputs = abstract_transitions(job, mesh), advantage, weights, np.int32(0), _conditioning(job, mesh, job.rollouts)
+    iteration = _replicated(mesh, np.zeros((), np.int32))
+    inputs = abstract_transitions(job, mesh), advantage, weights, iteration, _conditioning(job, mesh, job.rollouts)
     return abstract_state(job, mesh), frozen, *inputs
 
 

@@ -47,7 +47,7 @@ def hand_in(job: Job, images: jax.Array, prompts: np.ndarray, scored: dict[str, 
 
 
 def wait(part: HandedIn, count: int) -> Judged:
-    """What is known of all `count` images once this process's own are scored."""
+    """All that is known of `count` images, once this process's own are scored."""
     scores = {name: hosts.placed(pending(), rows, count) for name, (rows, pending) in part.pending.items()}
     return Judged(hosts.placed(part.finite, part.rows, count), scores)
 

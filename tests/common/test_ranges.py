@@ -17,6 +17,7 @@ from egrpo_jax.pretraining.loop import Optim
 from egrpo_jax.pretraining.text import TextJob
 from egrpo_jax.pretraining.towers import TowerJob
 from egrpo_jax.rewards.config import RemoteConfig
+from egrpo_jax.rl.algorithms.base import ALGORITHMS, Algorithm
 from egrpo_jax.training.config import TrainConfig
 
 OPTIM = Optim(steps=10, batch_size=4)
@@ -39,6 +40,10 @@ def hints(cls):
     return typing.get_type_hints(cls, include_extras=True)
 
 
+def algorithm(name):
+    return Algorithm.variant({"algorithm": name})
+
+
 def config_classes(*roots):
     """`roots` and all dataclasses in their fields."""
     found = {}
@@ -48,7 +53,11 @@ def config_classes(*roots):
     return found
 
 
-CLASSES = list(config_classes(TrainConfig, TextJob, TowerJob, FlowJob))
+CLASSES = [
+    cls
+    for cls in config_classes(TrainConfig, TextJob, TowerJob, FlowJob, *map(algorithm, ALGORITHMS))
+    if cls is not Algorithm  # of which there are these
+]
 NUMBERS = {
     f"{cls.__name__}.{name}": (cls, name, part)
     for cls in CLASSES

@@ -127,7 +127,9 @@ def test_an_iteration_of_the_embedded_model_compiles_without_an_array():
         decode = phases.decode.lower(params, jax.ShapeDtypeStruct((4, *pipeline.latents_shape), jnp.float32))
         advantage = jax.ShapeDtypeStruct(transitions[0].log_prob.shape, jnp.float32)
         weights = jax.ShapeDtypeStruct((2,), jnp.float32)
-        update = phases.update.lower(abstract_state(job, MESH), frozen, transitions, advantage, weights, text)
+        update = phases.update.lower(
+            abstract_state(job, MESH), frozen, transitions, advantage, weights, np.int32(0), text
+        )
         assert latents.shape[-2:] == pipeline.latents_shape
         for lowered in (rollout, decode, update):
             assert lowered.compile().cost_analysis()
