@@ -1,4 +1,4 @@
-"""The choice of prompts that train: of several candidates, those whose anchors have the most usual rewards (AdaGRPO)."""
+"""The choice of prompts that train: of several candidates those whose anchors have the most usual rewards."""
 
 from __future__ import annotations
 
