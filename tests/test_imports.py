@@ -24,7 +24,7 @@ ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "pipelines": "common flow models parallel data weights text",
     "evaluation": "common flow rl parallel figures run data rewards pipelines",
     "training": "common rl parallel figures run data rewards pipelines evaluation",
-    "planning": "common figures parallel pipelines rewards rl run training",
+    "planning": "common figures flow parallel pipelines rewards rl run training",
     "cli": "common flow run data pipelines evaluation training",
 }
 PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "plan", "pretrain", "serve"}

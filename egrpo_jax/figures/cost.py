@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from egrpo_jax.figures.plots import new_figure, save_figure
+from egrpo_jax.figures.schedule import Tree, draw_tree, dress, height
 from egrpo_jax.flow.grid import Times
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class PhaseBars(NamedTuple):
 
 def cost_figure(
     times: Times,
-    spans: Sequence[Span],
+    schedule: Sequence[Span] | Tree,
     phases: Mapping[str, PhaseBars],
     capacity: float | None,
     title: str,
@@ -49,7 +50,7 @@ def cost_figure(
 
     Args:
       times: T + 1 times from 1 to 0.
-      spans: the random steps.
+      schedule: the random steps of groups that branch off an anchor, or a tree of them.
       phases: by name.
       capacity: bytes of a device, drawn as a line; None if unknown.
       title: what was planned, and for what.
@@ -58,10 +59,16 @@ def cost_figure(
     Raises:
       UserError: if `path` cannot be written.
     """
-    figure = new_figure(11, 4.5 + 0.25 * len(spans))
+    inches = height(schedule) if isinstance(schedule, Tree) else 1.2 + 0.25 * len(schedule)
+    figure = new_figure(11, 3.3 + inches)
     figure.suptitle(title, fontsize=12)
-    grid = figure.add_gridspec(2, 3, height_ratios=(1.2 + 0.25 * len(spans), 3.3), width_ratios=(2, 1, 1))
-    _draw_schedule(figure.add_subplot(grid[0, :]), times, spans)
+    grid = figure.add_gridspec(2, 3, height_ratios=(inches, 3.3), width_ratios=(2, 1, 1))
+    above = figure.add_subplot(grid[0, :])
+    if isinstance(schedule, Tree):
+        draw_tree(above, schedule)
+        dress(above, times)
+    else:
+        _draw_spans(above, times, schedule)
     memory, flops, wire = (figure.add_subplot(grid[1, column]) for column in range(3))
     names = list(phases)
     _stack(memory, names, [{part: value / 2**30 for part, value in phases[name].memory.items()} for name in names])
@@ -81,7 +88,7 @@ def cost_figure(
     save_figure(figure, path)
 
 
-def _draw_schedule(axes: Axes, times: Times, spans: Sequence[Span]) -> None:
+def _draw_spans(axes: Axes, times: Times, spans: Sequence[Span]) -> None:
     """A row for each random step: the anchor up to it, the step, the tails after it."""
     last = len(times) - 1
     for row, span in enumerate(spans):

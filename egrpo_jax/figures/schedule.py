@@ -82,7 +82,7 @@ def schedule_figure(times: Times, panels: Mapping[str, Fan | Tree], path: str | 
     Raises:
       UserError: if `path` cannot be written.
     """
-    heights = [_height(panel) for panel in panels.values()]
+    heights = [height(panel) for panel in panels.values()]
     figure = new_figure(7.5, sum(heights) + 0.7 + 0.3 * len(panels))
     for number, (axes, (title, panel)) in enumerate(
         zip(np.ravel(figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)), panels.items(), strict=True)
@@ -91,21 +91,21 @@ def schedule_figure(times: Times, panels: Mapping[str, Fan | Tree], path: str | 
         if isinstance(panel, Fan):
             _draw_fan(axes, len(times) - 1, panel)
         else:
-            _draw_tree(axes, panel)
-        _dress(axes, times)
+            draw_tree(axes, panel)
+        dress(axes, times)
         if number == len(panels) - 1:
             axes.set_xlabel("grid step, and its time", fontsize=8)
     save_figure(figure, path)
 
 
-def _height(panel: Fan | Tree) -> float:
+def height(panel: Fan | Tree) -> float:
     """Inches of a panel."""
     if isinstance(panel, Fan):
         return _FAN_ROW * (1 + sum(len(offshoot.tails) for offshoot in panel.offshoots))
     return max(0.9, _TREE_ROW * panel.roots * int(np.prod(panel.children)))
 
 
-def _dress(axes: Axes, times: Times) -> None:
+def dress(axes: Axes, times: Times) -> None:
     """The axis of grid steps."""
     last = len(times) - 1
     every = 1 if last <= 16 else 2
@@ -136,7 +136,7 @@ def _draw_fan(axes: Axes, last: int, fan: Fan) -> None:
     axes.set_ylim(top - 0.2, 0.5)
 
 
-def _draw_tree(axes: Axes, tree: Tree) -> None:
+def draw_tree(axes: Axes, tree: Tree) -> None:
     """Leaves evenly spread, every other state in the middle of its own."""
     widths = list(itertools.accumulate(tree.children, lambda width, count: width * count, initial=tree.roots))
     places = [-np.arange(widths[-1], dtype=float).reshape(width, -1).mean(1) for width in widths]

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from egrpo_jax.figures.cost import PhaseBars, Span, cost_figure
+from egrpo_jax.figures.schedule import Tree
 from egrpo_jax.parallel.mesh import sample_devices
 from egrpo_jax.planning.changes import Trial
 from egrpo_jax.planning.cost import PhaseCost, count_passes, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity
+from egrpo_jax.planning.schedule import schedule
 from egrpo_jax.rl.deal import Tails
 from egrpo_jax.rl.plan import describe
 from egrpo_jax.run.timing import peak_flops
@@ -142,9 +144,11 @@ def trial_line(trial: Trial) -> str:
 def draw(job: Job, mesh: Mesh, costs: Sequence[PhaseCost], path: str | os.PathLike[str]) -> None:
     """Writes the plan as a PNG. Raises UserError if `path` cannot be written."""
     spans = [Span(branch.step, branch.stop, branch.exp_entropy) for branch in job.plan.branches]
+    tree = schedule(job.plan)
+    shown = tree if isinstance(tree, Tree) else spans
     title = f"{job.config.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}"
     bars = {cost.compiled.phase: _bars(cost) for cost in costs}
-    cost_figure(job.plan.times, spans, bars, costs[0].capacity, title, path)
+    cost_figure(job.plan.times, shown, bars, costs[0].capacity, title, path)
 
 
 def _bars(cost: PhaseCost) -> PhaseBars:
