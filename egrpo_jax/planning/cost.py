@@ -25,6 +25,7 @@ class Passes(NamedTuple):
     """Passes of the model in an iteration, over all devices, without those that devices repeat, and their operations.
 
     Attributes:
+      screening: forward passes that choose among prompts, before the rollout; they keep what these share.
       shared, own: forward passes of a rollout before its samples go their own ways, and after.
       training: forward and backward passes.
       scoring: forward passes for the old log-probabilities of several updates.
@@ -32,6 +33,7 @@ class Passes(NamedTuple):
       forward_flops, training_flops, decode_flops: operations of one of each, see `Pipeline`; None if unknown.
     """
 
+    screening: int
     shared: int
     own: int
     training: int
@@ -55,9 +57,10 @@ class Passes(NamedTuple):
 def count_passes(job: Job) -> Passes:
     """The passes of an iteration of `job`."""
     plan, prompts, learner = job.plan, job.config.prompts_per_iteration, job.config.learner
-    states = prompts * plan.training_passes
+    states, screens = prompts * plan.training_passes, plan.candidates > 1
     return Passes(
-        shared=job.rollouts * plan.shared_passes,
+        screening=job.rollouts * plan.shared_passes * screens,
+        shared=job.rollouts * plan.shared_passes * (not screens),
         own=job.rollouts * plan.own_passes,
         training=states * learner.epochs,
         scoring=states * learner.scorings(len(plan.branches)),

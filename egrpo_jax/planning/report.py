@@ -33,6 +33,7 @@ def _work(job: Job) -> list[str]:
     count = count_passes(job)
     forward, training = count.forward_flops, count.training_flops
     rows = [
+        ("choosing prompts", count.screening, "forward, not compiled here", forward),
         ("shared by samples", count.shared, "forward", forward),
         ("of each sample", count.own, "forward", forward),
         ("decoding", count.images, "images", count.decode_flops),

@@ -119,6 +119,15 @@ def test_one_more_pass_before_several_updates(mesh):
     assert job.plan.update_equivalents(joint.learner) == 3 * active
 
 
+def test_choosing_among_prompts_comes_before_the_rollout(mesh):
+    """3 candidates for each of 8 prompts, 6 steps of the grid, tails of 5 and 3 steps from 4 samples each."""
+    del mesh
+    job = sketch_job(from_config_dict(TrainConfig, toy.get_config("ada_grpo")))
+    passes = count_passes(job)
+    assert (passes.screening, passes.shared, passes.own) == (8 * 3 * 6, 0, 8 * 4 * (5 + 3))
+    assert passes.images == 8 * (3 + 2 * 4)
+
+
 def test_epochs_repeat_the_passes_of_the_update_alone(mesh):
     joint = sketch_job(dataclasses.replace(TOY, learner=LearnerConfig(epochs=3)))
     states = 8 * len(joint.plan.branches)
