@@ -77,6 +77,7 @@ def run_iteration(
     running = updated(progress.running, job, samples.scores) if plan.candidates > 1 else None
     advantage, left_out = assign_credit(phases, config.rewards, samples.scores, progress.running or running)
     conditioning = given.conditioning
+    del given, params  # an update needs the room
     weights = plan.step_weights(config.learner.step_weights).astype(np.float32)
     with timer.phase("update"):
         state, stats = jax.block_until_ready(
