@@ -96,6 +96,20 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+class Compares:
+    """`redness`, and vectors of an image's mean colour, by which images are compared."""
+
+    def __call__(self, images, prompts):
+        return redness(images, prompts)
+
+    def encode_images(self, images):
+        colour = images.mean((1, 2))
+        return colour / jnp.linalg.norm(colour, axis=-1, keepdims=True)
+
+
+compares = Compares()
+
+
 class BreaksAfter:
     """`brightness`, and after so many calls nothing but nan."""
 

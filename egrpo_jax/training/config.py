@@ -44,6 +44,9 @@ class RewardsConfig:
       best_of: n, an even number: only the n/2 highest and n/2 lowest advantages of a group train, G/n times as much,
         so that the loss is the mean over them (DanceGRPO, 8 of 24); None: all. `learner.advantage_clip` comes after.
       clips: for each of them, where its normalised advantage, `absolute` included, is clipped; empty: nowhere.
+      diversity: the weight of one more training reward, how far an image is from the others of its group: the mean
+        of 1 - cos over these, of the features of `diversity_by`; 0 for none.
+      diversity_by: a reward of the run that compares images: one by CLIP, or of your own with `encode_images`.
       heldout: rewards that are only measured beside them: the sight of reward hacking.
       on_missing: what happens if a score never comes, from a server that is down, say. "drop_group": the group that it
         was for is left out of the update, and counted; "fail": the run saves and stops.
@@ -58,6 +61,8 @@ class RewardsConfig:
     absolute: Annotated[float, Range(0, 1000)] = 0.0
     best_of: Annotated[int, Range(2, 100_000, multiple_of=2)] | None = None
     clips: tuple[Annotated[float, Range(1e-3, 10**6)], ...] = ()
+    diversity: Annotated[float, Range(0, 1000)] = 0.0
+    diversity_by: str | None = None
     heldout: tuple[str, ...] = ()
     on_missing: Literal["drop_group", "fail"] = "drop_group"
 
@@ -72,6 +77,9 @@ class RewardsConfig:
         names = self.train + self.heldout
         if len(set(names)) != len(names):
             raise ConfigError("heldout", self.heldout, "every reward once, in train or in heldout")
+        if (self.diversity > 0) != (self.diversity_by is not None) or self.diversity_by not in (None, *names):
+            expected = f"one of {', '.join(names)} if diversity is above 0, else None"
+            raise ConfigError("diversity_by", self.diversity_by, expected)
         self._check_credit()
 
     def _check_credit(self) -> None:

@@ -21,7 +21,7 @@ from egrpo_jax.training.config import RewardsConfig
 from egrpo_jax.training.job import Job
 from egrpo_jax.training.numbers import reward_numbers, update_numbers
 from egrpo_jax.training.phases import Phases
-from egrpo_jax.training.scoring import hand_in, in_order, wait
+from egrpo_jax.training.scoring import DIVERSITY, group_distance, hand_in, in_order, wait
 from egrpo_jax.training.screening import Given, choose_prompts, updated
 from egrpo_jax.training.state import Progress, Running
 
@@ -122,7 +122,7 @@ def sample_and_score(
             images = jax.block_until_ready(phases.decode(params, rollout.latents))
         with timer.phase("reward"), hosts.agreed(RewardError):
             shown = np.array(given.prompts[rows], object)[deal.sample // job.plan.decodes]
-            parts.append(hand_in(job, images, shown, scored))
+            parts.append(hand_in(job, images, shown, scored, job.config.rewards.diversity_by))
         transitions.append(rollout.transitions)
     with timer.phase("reward"):
         with hosts.agreed(RewardError):
@@ -133,11 +133,15 @@ def sample_and_score(
     of = lambda name: [part.scores[name] for part in judged]
     seen = _scored(job, deal, train=False)
     only_seen = lambda scores: Scores(scores.values[seen], scores.came[seen])
+    scores = {name: Scores(*map(ordered, zip(*of(name), strict=True))) for name in job.config.rewards.train}
+    finite = ordered([part.finite for part in judged])
+    if job.config.rewards.diversity:
+        scores[DIVERSITY] = group_distance(ordered([part.features for part in judged]), finite)
     return Samples(
         transitions=jax.tree.map(lambda *parts: jnp.concatenate(parts), *transitions),
-        scores={name: Scores(*map(ordered, zip(*of(name), strict=True))) for name in job.config.rewards.train},
+        scores=scores,
         heldout={name: Scores.join([*map(only_seen, of(name))]).mean() for name in job.config.rewards.heldout},
-        finite=ordered([part.finite for part in judged]),
+        finite=finite,
     )
 
 
@@ -167,6 +171,7 @@ def assign_credit(
 
     If all do, there is nothing to learn from: the advantages are nan, and the update is skipped.
     """
-    values = {name: scores[name].values for name in config.train}
-    came = np.stack([scores[name].came for name in config.train]).all(0)
+    names = (*config.train, DIVERSITY) if config.diversity else config.train
+    values = {name: scores[name].values for name in names}
+    came = np.stack([scores[name].came for name in names]).all(0)
     return jax.block_until_ready(phases.credit(values, came, running)), int((~complete_groups(came)).sum())

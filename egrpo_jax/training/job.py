@@ -76,6 +76,11 @@ def make_job(config: TrainConfig, mesh: Mesh) -> Job:
         rewards = {name: load_reward(name, config.scorers, own) for name in names}
         for reward in rewards.values():
             reward.require([*prompts, *evaluation_prompts], size)
+        by = config.rewards.diversity_by
+        if by is not None and rewards[by].encode_images is None:
+            able = [name for name, reward in rewards.items() if reward.encode_images is not None]
+            expected = f"a reward that compares images; of this run these do: {', '.join(able) or 'none'}"
+            raise ConfigError("rewards.diversity_by", by, expected)
     return Job(config, plan, pipeline, rewards, prompts, evaluation_prompts, make_optimizer(config.optim))
 
 

@@ -33,6 +33,7 @@ from egrpo_jax.rl.update import (
     update_policy,
 )
 from egrpo_jax.training.job import Job
+from egrpo_jax.training.scoring import DIVERSITY
 from egrpo_jax.training.state import Running, abstract_state
 
 
@@ -128,6 +129,7 @@ def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array, running: 
     """
     config = job.config.rewards
     weights = dict(zip(config.train, config.weights, strict=True))
+    weights |= {DIVERSITY: config.diversity} if config.diversity else {}
     clips = dict(zip(config.train, config.clips, strict=True)) if config.clips else {}
     how = Credit(**{choice.name: getattr(config, choice.name) for choice in dataclasses.fields(Credit)})
     normalise = lambda values, came: credit(values, came, weights, clips, how)
