@@ -166,7 +166,8 @@ def update(plan: rl.Plan, state: rl.TrainState, rollout: rl.Rollout, advantage: 
     model = (velocity, plan.objective(LEARNER))
     score = lambda params, batch: score_batch(*model, params, (), batch)
     gradient = lambda params, batches: policy_gradient(*model, params, (), batches)
-    parts = zip(rollout.transitions, plan.blocks, plan.shares, strict=True)
+    transitions = plan.prune(rollout.transitions, advantage)
+    parts = zip(transitions, plan.blocks, plan.shares, strict=True)
     weights = plan.step_weights(LEARNER.step_weights)
     batches = tuple(
         take_batch(block, advantage, weights, deal_states(len(advantage), size.states, workers=1, share=share))

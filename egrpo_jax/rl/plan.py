@@ -107,7 +107,7 @@ class Plan(abc.ABC):
     @property
     @abc.abstractmethod
     def blocks(self) -> tuple[Block, ...]:
-        """Sizes of the transitions of a rollout."""
+        """Sizes of the transitions of a rollout that train."""
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -169,6 +169,11 @@ class Plan(abc.ABC):
     @abc.abstractmethod
     def gather(self, transitions: tuple[Transitions, ...], num_rows: int, workers: int) -> tuple[Transitions, ...]:
         """The transitions of all workers' rows as those of the rollouts `[P, M, S]`."""
+
+    def prune(self, transitions: tuple[Any, ...], advantage: chex.Array) -> tuple[Any, ...]:
+        """Those of `gather` that train, given their advantages `[P, K, G]`: as many as `blocks` say."""
+        del advantage
+        return transitions
 
     def objective(self, config: LearnerConfig) -> Objective:
         """The loss. Raises ConfigError if what the section asks for does not go with the algorithm."""

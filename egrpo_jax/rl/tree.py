@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import chex
 import jax
@@ -87,6 +87,8 @@ class TreePlan(Plan):
       children: of each state at each random step; with `roots` they multiply to `group_size`.
       kept: how many steps of the last run train, of those after the last split; None for all.
       kept_steps: which of them, counted within the run; None if each sample draws its own.
+      leaves: the samples whose steps of the last run train: all; the best half of those that the last split parts; or
+        the best and the worst quarter of all.
       by_depth: samples are compared at each random step with those that are as deep in the tree, by the mean reward of
         the leaves below them, and not by their own image alone.
     """
@@ -95,6 +97,7 @@ class TreePlan(Plan):
     children: tuple[int, ...] = ()
     kept: int | None = None
     kept_steps: tuple[int, ...] | None = None
+    leaves: Literal["all", "best_half", "extremes"] = "all"
     by_depth: bool = False
 
     updates_by_step: ClassVar[bool] = False
@@ -124,7 +127,7 @@ class TreePlan(Plan):
     @property
     def blocks(self) -> tuple[Block, ...]:
         """One for each number of children."""
-        trained = [(run.children, run.width * self._trained(run)) for run in self.runs]
+        trained = [(run.children, self._width(run) * self._trained(run)) for run in self.runs]
         return tuple(
             Block(sum(states for children, states in trained if children == size), size) for size in self._sizes
         )
@@ -132,6 +135,10 @@ class TreePlan(Plan):
     @property
     def _sizes(self) -> tuple[int, ...]:
         return tuple(sorted({run.children for run in self.runs}, reverse=True))
+
+    def _width(self, run: Run) -> int:
+        """The states of each of its steps that train."""
+        return run.width if self.leaves == "all" or run != self.runs[-1] else run.width // 2
 
     def _trained(self, run: Run) -> int:
         """The steps of a run that train."""
@@ -155,7 +162,8 @@ class TreePlan(Plan):
 
     def shares_code(self, other: Plan) -> bool:
         """If it has as many random steps, splits, samples and trained steps, wherever on the grid they are."""
-        shape = lambda plan: (plan.num_steps, plan.group_size, plan.roots, plan.children, plan.kept, plan.by_depth)
+        names = ("num_steps", "group_size", "roots", "children", "kept", "leaves", "by_depth")
+        shape = lambda plan: [getattr(plan, name) for name in names]
         return isinstance(other, TreePlan) and shape(self) == shape(other)
 
     def schedule(self) -> TreeSchedule:
@@ -240,6 +248,33 @@ class TreePlan(Plan):
                 places += [taken + step * own + state - owner * run.width // members for step in range(length)]
                 taken += length * own
         return np.concatenate(owners), np.concatenate(places)
+
+    def prune(self, transitions: tuple[Any, ...], advantage: chex.Array) -> tuple[Any, ...]:
+        """See `Plan`: of the last run the steps of the samples that `leaves` says, by their advantage at its end."""
+        if self.leaves == "all":
+            return transitions
+        last, kept = self.runs[-1], self._chosen(advantage[:, -1])
+        rows, count = jnp.arange(len(kept)), self._trained(last) * last.width
+
+        def chosen(x: chex.Array) -> chex.Array:
+            before, of_last = x[:, :-count], x[:, -count:]
+            steps = of_last.reshape(len(x), -1, last.width, *x.shape[2:])
+            own = steps[rows[:, None, None], jnp.arange(steps.shape[1])[:, None], kept[:, None]]
+            return jnp.concatenate([before, own.reshape(len(x), -1, *x.shape[2:])], axis=1)
+
+        *others, singles = transitions  # blocks come by their number of children, of which the last run has one
+        return (*others, jax.tree.map(chosen, singles))
+
+    def _chosen(self, advantage: chex.Array) -> chex.Array:
+        """Half of the samples, `[P, G / 2]`, by their advantages `[P, G]`."""
+        if self.leaves == "extremes":
+            order, quarter = jnp.argsort(advantage), self.group_size // 4
+            return jnp.sort(jnp.concatenate([order[:, :quarter], order[:, -quarter:]], axis=1))
+        siblings = next(count for count in reversed(self.children) if count > 1)
+        branches = advantage.reshape(len(advantage), -1, siblings)
+        best = jnp.argsort(branches)[..., siblings - siblings // 2 :]
+        first = siblings * jnp.arange(branches.shape[1])[:, None]
+        return jnp.sort((first + best).reshape(len(advantage), -1))
 
     def credit(self, normalise: Normalise, values: Any, came: chex.Array) -> chex.Array:
         """See `Plan`: at each random step the advantage of the sample, or of its ancestor among all of that depth."""

@@ -167,6 +167,7 @@ def _update(
         grads, stats = policy_gradient(velocity(frozen), objective, trained, conditioning, batches)
         return trained_layout.sum_gradients(grads), jax.tree.map(lambda x: x[None], stats)
 
+    transitions = job.plan.prune(transitions, advantage)
     rows = deal_prompts(len(advantage), sample_devices()).ravel()
     transitions, advantage, conditioning = _take((transitions, advantage, conditioning), rows)
     samples, in_specs = over_samples(), (trained_layout.specs, frozen_layout.specs, over_samples(), over_samples())

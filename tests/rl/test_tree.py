@@ -71,6 +71,8 @@ def test_real_calls_are_those_that_the_plan_says(name):
         ("mix_grpo", {"tail_share": 0.4}, 1 + 3 * 12 + 8 * 12, 37, 12),
         ("branch_grpo", {}, 203, 203, 16),
         ("branch_grpo", {"pruned": 5}, 203, 203 - 80, 16),
+        ("branch_grpo", {"leaves": "extremes"}, 203, 203 - 80, 16),
+        ("branch_grpo", {"leaves": "best_half", "pruned": 5}, 203, 203 - 80 - 40, 16),
         ("tempflow_grpo", {}, 1120, 36, 216),
         ("ada_grpo", {}, 736, 4, 58),
         ("diffusion_nft", {}, 240, 216, 24),
@@ -129,6 +131,30 @@ def test_what_branchgrpo_prunes():
     assert kept(29) == kept(0)
     assert kept(30) == (0, 1, 2, 3, 9)
     assert kept(150) == kept(10_000) == (5, 6, 7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "kept"),
+    [("best_half", [[1, 2], [0, 3]]), ("extremes", [[0, 2], [1, 3]])],  # siblings are 0 1 and 2 3
+)
+def test_whose_steps_branchgrpo_prunes(leaves, kept):
+    plan = BranchGrpo(num_steps=6, splits=(0, 2), group_size=4, leaves=leaves).make_plan()
+    pairs, singles = run(plan).transitions
+    advantage = jnp.zeros((2, 6, 4)).at[:, -1].set(jnp.array([[-2.0, 1.0, 3.0, 0.5], [2.0, -3.0, -1.0, 4.0]]))
+    same, pruned = plan.prune((pairs, singles), advantage)
+    chex.assert_trees_all_equal(same, pairs)
+    assert (
+        [block.time.shape[1] for block in (same, pruned)] == [block.states for block in plan.blocks] == [3, 2 + 3 * 2]
+    )
+    for prompt in range(2):
+        np.testing.assert_array_equal(pruned.sample[prompt, :2, 0], [0, 2])  # the step before the last split
+        np.testing.assert_array_equal(pruned.sample[prompt, 2:, 0], kept[prompt] * 3)
+        np.testing.assert_array_equal(pruned.step[prompt, 2:], [3, 3, 4, 4, 5, 5])
+        for m in range(2, 8):
+            step, sample = int(pruned.step[prompt, m]), int(pruned.sample[prompt, m, 0])
+            place = np.flatnonzero((singles.step[prompt] == step) & (singles.sample[prompt, :, 0] == sample))[0]
+            np.testing.assert_array_equal(pruned.latents[prompt, m], singles.latents[prompt, place])
+            np.testing.assert_array_equal(pruned.next_latents[prompt, m], singles.next_latents[prompt, place])
 
 
 def test_the_shape_of_branchgrpos_tree():

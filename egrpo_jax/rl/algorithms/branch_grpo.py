@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Annotated
+from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, CountOrZero, Range
@@ -26,6 +26,8 @@ class BranchGrpo(StepAlgorithm):
       splits: grid steps at which each state has several children.
       split_into: how many.
       pruned: steps after the last split that do not train, which move towards it (depth pruning); 0 trains all.
+      leaves: whose steps after the last split train (width pruning): "all"; "best_half" of those that it parts; or the
+        best and the worst quarter of all, "extremes".
       prune_every: iterations between two of their moves, by a step, from the last step of the tree on.
     """
 
@@ -37,6 +39,7 @@ class BranchGrpo(StepAlgorithm):
     splits: tuple[CountOrZero, ...] = (0, 3, 6, 9)
     split_into: Annotated[int, Range(2, 10_000)] = 2
     pruned: CountOrZero = 0
+    leaves: Literal["all", "best_half", "extremes"] = "all"
     prune_every: Count = 30
 
     def __post_init__(self) -> None:
@@ -51,6 +54,14 @@ class BranchGrpo(StepAlgorithm):
             raise ConfigError("group_size", self.group_size, expected)
         if self.pruned > (most := max(0, self.num_steps - 3 - self.splits[-1])):
             raise ConfigError("pruned", self.pruned, f"at most {most}: of the steps after the last split some train")
+
+        self._check_leaves()
+
+    def _check_leaves(self) -> None:
+        parts = {"all": 1, "best_half": 2, "extremes": 4}[self.leaves]
+        number = self.split_into if self.leaves == "best_half" else self.group_size
+        if number % parts:
+            raise ConfigError("leaves", self.leaves, f"'all': {number} samples are no multiple of {parts}")
 
     def make_plan(self, iteration: int = 0, seed: int = 0) -> TreePlan:
         """The plan of an iteration: the same tree, its pruned steps where they are then."""
@@ -67,6 +78,7 @@ class BranchGrpo(StepAlgorithm):
             children=tuple(self.split_into if first + k in self.splits else 1 for k in range(len(branches))),
             kept=len(kept) if self.pruned else None,
             kept_steps=kept if self.pruned else None,
+            leaves=self.leaves,
             by_depth=True,
         )  # fmt: skip
 
