@@ -89,6 +89,7 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool, profile: Wi
     """The run of the newest checkpoint, or a new one, with its files open."""
     checkpoints = Checkpoints(workdir / "checkpoints", job.config.checkpoint.keep)
     with finishing(checkpoints.close):
+        phases = make_phases(job)  # before any weights are read: the work may not be dealt to these devices
         progress, frozen = start_or_resume(job, checkpoints, mesh, allow_change)
         if progress.iteration:
             print(f"resuming from iteration {progress.iteration}", flush=True)
@@ -103,7 +104,7 @@ def _opened(job: Job, mesh: Mesh, workdir: Path, allow_change: bool, profile: Wi
                     record_config(workdir, to_config_dict(job.config).to_dict())  # now that nothing refuses it any more
             profiler = Profiler(profile, workdir / "tb")
             files.enter_context(finishing(profiler.close))
-            yield Run(job, make_phases(job), frozen, progress, checkpoints, evaluate, writer, profiler)
+            yield Run(job, phases, frozen, progress, checkpoints, evaluate, writer, profiler)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.transition import draw, euler_step
 from egrpo_jax.rl.algorithms.base import ALGORITHMS, Algorithm
 from egrpo_jax.rl.algorithms.branch_grpo import BranchGrpo
@@ -264,6 +265,16 @@ def test_workers_that_share_a_prompt_walk_what_one_does(name, workers):
         jax.tree.map(lambda *rows: jnp.concatenate(rows), *(part.transitions for part in parts)), 1, workers
     )
     chex.assert_trees_all_close(gathered, whole.transitions, atol=1e-6)
+
+
+def test_a_tree_that_devices_cannot_share_is_refused():
+    plan = MixGrpo(num_steps=6, group_size=6, window=2).make_plan()
+    plan.deal(3, 3, None)
+    plan.deal(1, 3, None)
+    with pytest.raises(
+        ConfigError, match=r"^config\.prompts_per_iteration: found 1, expected a multiple of the 4 devices"
+    ):
+        plan.deal(1, 4, None)
 
 
 def test_dancegrpo_trains_so_many_steps_of_each_sample():
