@@ -4,8 +4,8 @@
     python -m egrpo_jax.train --config configs/algorithms/branch_grpo.py:pruned     # five steps do not train
     python -m egrpo_jax.train --config configs/algorithms/branch_grpo.py:emoji      # on a laptop
 
-Published on 8 GPUs with two prompts each, in about 18 updates of 12 edges of each tree; here it is one joint update.
-Hardware: that of configs/flux_egrpo.py; no time has been measured.
+Published on 8 GPUs with two prompts each, in about 18 updates of 12 edges of each tree. Hardware: that of
+configs/flux_egrpo.py; no time has been measured.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ FLUX = on_flux(
     RewardsConfig(train=("hpsv2.1",)),
     prompts=16,
     learning_rate=1e-5,
-    learner=LearnerConfig(clip_range=1e-3),
+    learner=LearnerConfig(minibatches=18, clip_range=1e-3),
 )
 
 VARIANTS = {
     "": FLUX,
     "pruned": dataclasses.replace(FLUX, plan=BranchGrpo(pruned=5)),
-    "emoji": on_emoji(BranchGrpo(num_steps=8, group_size=8, splits=(0, 1, 2))),
+    "emoji": on_emoji(BranchGrpo(num_steps=8, group_size=8, splits=(0, 1, 2)), LearnerConfig(minibatches=4)),
 }
 
 

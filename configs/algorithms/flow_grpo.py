@@ -3,8 +3,8 @@
     python -m egrpo_jax.train --config configs/algorithms/flow_grpo.py
     python -m egrpo_jax.train --config configs/algorithms/flow_grpo.py:emoji     # on a laptop
 
-The run of its code on PickScore, 32 GPUs: 48 prompts an iteration, in two updates of half of them each; here it is one
-joint update. The shift is that of diffusers' grid at 512x512 pixels, e^0.63. Hardware: that of configs/flux_lora.py for
+The run of its code on PickScore, 32 GPUs: 48 prompts an iteration, in two updates of half of the samples each. The
+shift is that of diffusers' grid at 512x512 pixels, e^0.63. Hardware: that of configs/flux_lora.py for
 each prompt that is rolled out at once; no time has been measured.
 """
 
@@ -23,11 +23,13 @@ VARIANTS = {
         prompts=48,
         learning_rate=3e-4,
         # 0.9 every eight updates, four iterations.
-        learner=LearnerConfig(ema_decay=0.974),
+        learner=LearnerConfig(minibatches=2, ema_decay=0.974),
         pixels=512,
         lora=FLOW_GRPO,
     ),
-    "emoji": on_emoji(FlowGrpo(num_steps=8, group_size=8), rewards=RewardsConfig(std_of="all")),
+    "emoji": on_emoji(
+        FlowGrpo(num_steps=8, group_size=8), LearnerConfig(minibatches=2), rewards=RewardsConfig(std_of="all")
+    ),
 }
 
 

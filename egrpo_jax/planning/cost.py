@@ -57,7 +57,7 @@ class Passes(NamedTuple):
 def count_passes(job: Job) -> Passes:
     """The passes of an iteration of `job`."""
     plan, prompts, learner = job.plan, job.config.prompts_per_iteration, job.config.learner
-    states, screens = prompts * plan.training_passes, plan.candidates > 1
+    states, screens = prompts * plan.training_passes_in(learner.minibatches), plan.candidates > 1
     return Passes(
         screening=job.rollouts * plan.shared_passes * screens,
         shared=job.rollouts * plan.shared_passes * (not screens),

@@ -127,26 +127,28 @@ def deal_states(
     micro_batch: int | None = None,
     share: float = 1.0,
 ) -> States:
-    """The trained states of all P prompts, so many of each, in `updates` equal parts, state after state.
+    """The trained states of all P prompts, so many of each, in `updates` parts: state i is of part i % updates.
 
     A worker's states of an update come in micro-batches of `micro_batch`, by default all at once; states of weight 0
-    fill up what is not whole. The weights of an update sum to `share`: there may be other states in it.
+    fill up what is not whole. The weights of an update sum to `share`, where there may be other states in it; those of
+    parts that are larger or smaller than the average to more or less.
     """
     teams, members, each = _teams(num_prompts, workers)
-    states = np.stack(np.meshgrid(np.arange(num_states), np.arange(each), indexing="ij"), -1).reshape(updates, -1, 2)
-    on_each = math.ceil(states.shape[1] / members)
+    rounds = math.ceil(num_states / updates)
+    on_each = math.ceil(rounds * each / members)
     batch = min(micro_batch or on_each, on_each)
     padded = math.ceil(on_each / batch) * batch * members
-    missing = padded - states.shape[1]
-    filled = np.pad(states, ((0, 0), (0, missing), (0, 0)), mode="edge")
-    weight = np.where(np.arange(padded) < states.shape[1], share / (teams * states.shape[1]), 0.0).astype(np.float32)
+    turn, prompt = np.divmod(np.minimum(np.arange(padded), rounds * each - 1), each)
+    state = turn * updates + np.arange(updates)[:, None]
+    real = (state < num_states) & (np.arange(padded) < rounds * each)
+    weight = np.where(real, share / (num_prompts * num_states / updates), 0.0).astype(np.float32)
 
     def cut(table: np.ndarray) -> np.ndarray:
         # State i is the member i % members': those that fill up come to all members alike.
         of_team = np.broadcast_to(table, (updates, padded)).reshape(updates, -1, members).swapaxes(1, 2)
         return np.tile(of_team.reshape(updates, -1, batch), (1, teams, 1))
 
-    return States(cut(filled[..., 1]), cut(filled[..., 0]), cut(weight))
+    return States(cut(prompt), cut(np.minimum(state, num_states - 1)), cut(weight))
 
 
 def _teams(num_prompts: int, workers: int) -> tuple[int, int, int]:

@@ -128,10 +128,9 @@ class ForwardPlan(TreePlan):
         """All."""
         return self.group_size * tail_steps(self.tail_stepper, self.times, 0)
 
-    @property
-    def training_passes(self) -> int:
-        """Forward-and-backward passes of one prompt's update."""
-        return self.seeds * self.group_size * self.pairs
+    def training_passes_in(self, minibatches: int) -> int:
+        """See `Plan`: of every pair."""
+        return self.pairs * super().training_passes_in(minibatches)
 
     def schedule(self) -> TreeSchedule:
         """See `TreeSchedule`; there are no random steps in it."""

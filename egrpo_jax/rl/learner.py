@@ -18,6 +18,9 @@ class LearnerConfig:
     Attributes:
       updates: "joint" averages the loss over the active steps and updates once (the paper); "per_active_step" makes
         one update for each active step, in order, the later ones off-policy (the E-GRPO and G2RPO codes).
+      minibatches: parts of the samples, of which each makes a "joint" update of its own, one after another, the later
+        ones off-policy. A group's samples are dealt to them where their number divides it, in as many passes of the
+        model; else its states are.
       epochs: how often these are made of one rollout, the ratio being always to the policy that sampled.
       step_weights: of the active steps' losses, of which late ones weigh more. "none": as they are (the paper);
         "noise": times the step's std, of mean 1 (TempFlow-GRPO); "flat": all weigh alike, whatever the process
@@ -43,6 +46,7 @@ class LearnerConfig:
     """
 
     updates: Literal["joint", "per_active_step"] = "joint"
+    minibatches: Count = 1
     epochs: Count = 1
     step_weights: StepWeights = "none"
     objective: Literal["clip", "kl_mask"] = "clip"
@@ -62,12 +66,14 @@ class LearnerConfig:
         check(self)
         if self.trailing_decay is None and (self.samples == "trailing" or self.trailing_weight):
             raise ConfigError("trailing_decay", None, "a number: samples or trailing_weight ask for a trailing copy")
+        if self.updates == "per_active_step" and self.minibatches > 1:
+            raise ConfigError("minibatches", self.minibatches, "1, or updates 'joint': active steps are the parts then")
         if self.objective == "clip" and self.kl_limit != LearnerConfig.kl_limit:
             raise ConfigError("kl_limit", self.kl_limit, "objective 'kl_mask', which alone has a limit")
 
     def updates_of_epoch(self, num_active: int) -> int:
         """Optimizer updates of an epoch with `num_active` active steps."""
-        return num_active if self.updates == "per_active_step" else 1
+        return num_active if self.updates == "per_active_step" else self.minibatches
 
     def is_scored(self, num_active: int) -> bool:
         """True if the policy that sampled scores all states before the updates: it is not that of all of them."""

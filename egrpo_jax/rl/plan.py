@@ -55,6 +55,14 @@ class Block(NamedTuple):
     states: int
     samples: int
 
+    def divides(self, parts: int) -> bool:
+        """True if so many minibatches share the samples of each state; else they share the states."""
+        return parts > 1 and self.samples % parts == 0
+
+    def passes(self, minibatches: int) -> int:
+        """Forward and backward passes over it, by so many minibatches."""
+        return self.states * (minibatches if self.divides(minibatches) else 1)
+
 
 class Deal(Protocol):
     """A rollout's work, dealt to D workers; all of it arrays."""
@@ -219,15 +227,20 @@ class Plan(abc.ABC):
 
     @property
     def training_passes(self) -> int:
-        """Forward-and-backward passes of one prompt's update: samples of one state share it."""
-        return self.seeds * sum(block.states for block in self.blocks)
+        """Forward-and-backward passes of one prompt's joint update: samples of one state share it."""
+        return self.training_passes_in(1)
+
+    def training_passes_in(self, minibatches: int) -> int:
+        """`training_passes` in so many minibatches."""
+        return self.seeds * sum(block.passes(minibatches) for block in self.blocks)
 
     def update_equivalents(self, config: LearnerConfig) -> int:
         """The work of one prompt's update in forward passes: a backward pass is two, what remat repeats does not count.
 
         Before the updates more passes of each state may be made, see `LearnerConfig.scorings`.
         """
-        return (3 * config.epochs + config.scorings(len(self.branches))) * self.training_passes
+        passes = self.training_passes_in(config.minibatches)
+        return (3 * config.epochs + config.scorings(len(self.branches))) * passes
 
     @property
     def decodes(self) -> int:

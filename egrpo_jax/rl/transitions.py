@@ -36,6 +36,18 @@ class Transitions(NamedTuple):
     sample: chex.Array
 
 
+def split_samples(transitions: Transitions, parts: int) -> Transitions:
+    """Each state once for every part of its samples, one part after another: `[P, M parts, S / parts]`."""
+
+    def split(x: chex.Array) -> chex.Array:
+        rows, states, samples, *shape = x.shape
+        return x.reshape(rows, states * parts, samples // parts, *shape)
+
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, parts, axis=1), transitions)
+    own = {name: split(getattr(transitions, name)) for name in ("next_latents", "log_prob", "sample")}
+    return repeated._replace(**own)
+
+
 class Anchors(NamedTuple):
     """The states of P anchors at their E active steps, and the velocities there, each `[P, E, N, D]`."""
 

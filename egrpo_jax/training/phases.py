@@ -18,9 +18,9 @@ from egrpo_jax.parallel.mesh import REPLICATED, compiled, over_samples, sample_d
 from egrpo_jax.rl.advantage import Credit, complete_groups, credit, running_advantage
 from egrpo_jax.rl.deal import Candidates, deal_candidates, deal_prompts, deal_states, first_rows
 from egrpo_jax.rl.objective import Batch, Scored
-from egrpo_jax.rl.plan import AnchorPlan, Deal
+from egrpo_jax.rl.plan import AnchorPlan, Block, Deal
 from egrpo_jax.rl.rollout import walk_anchors
-from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions
+from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions, split_samples
 from egrpo_jax.rl.update import (
     Batches,
     StepStats,
@@ -185,16 +185,19 @@ def _update(
         config,
         state,
         tuple(
-            _batch(job, block, share, advantage, step_weights)
-            for block, share in zip(transitions, job.plan.shares, strict=True)
+            _batch(job, size, block, share, advantage, step_weights)
+            for size, block, share in zip(job.plan.blocks, transitions, job.plan.shares, strict=True)
         ),
         iteration,
     )
 
 
-def _batch(job: Job, block: Any, share: float, advantage: chex.Array, step_weights: chex.Array) -> Batch:
+def _batch(job: Job, size: Block, block: Any, share: float, advantage: chex.Array, step_weights: chex.Array) -> Batch:
     """The trained states of all workers, `[U, D M, B]`, of one block of transitions, in rows dealt to them."""
-    config, num_states = job.config.learner, block.step.shape[1]
+    config = job.config.learner
+    if size.divides(config.minibatches):
+        block = split_samples(block, config.minibatches)
+    num_states = block.step.shape[1]
     updates = config.updates_of_epoch(num_states)
     states = deal_states(job.rollouts, num_states, sample_devices(), updates, config.micro_batch, share)
     in_specs = (over_samples(), over_samples(), REPLICATED, over_samples(1))
