@@ -206,7 +206,7 @@ def _entered(instruction: Instruction) -> list[str]:
         return called.get("branch_computations", []) + named
     if instruction.opcode in ("fusion", "async-start", "custom-call"):
         return called.get("calls", []) + called.get("called_computations", [])
-    return called["to_apply"] if instruction.opcode == "call" else []
+    return called["to_apply"] if instruction.opcode in ("call", "call-start") else []
 
 
 def _turns(program: Program, computation: Computation, loop: Instruction) -> int | None:

@@ -78,9 +78,14 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_text_as_the_compiler_for_tpus_writes_it():
-    """A loop without `known_trip_count`, a product of batches as a convolution, transfers in fusions, kernels."""
-    work = hlo.measure(hlo.parse(TPU))
+FUSED = "fusion(%part), kind=kOutput, calls=%inner"
+ON_SPARSE_CORE = 'call-start(%part), async_execution_thread="sparsecore", to_apply=%inner'
+
+
+@pytest.mark.parametrize("transfer", [FUSED, ON_SPARSE_CORE])
+def test_text_as_the_compiler_for_tpus_writes_it(transfer):
+    """A loop without `known_trip_count`, a product of batches as a convolution, transfers in others, kernels."""
+    work = hlo.measure(hlo.parse(TPU.replace(FUSED, transfer)))
     heads = 2 * 24 * 100 * 100 * 128
     assert work.flops == 19 * (heads + 2 * heads)
     assert work.wire == {"all-gather": 19 * 3 * 16 * 64 * 2, "all-reduce": 19 * 2 * 0.75 * 32}

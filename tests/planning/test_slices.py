@@ -12,6 +12,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
 from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.planning import hlo
 from egrpo_jax.planning.cost import kept_beside, phase_cost
 from egrpo_jax.planning.devices import GIB, capacity, slice_devices
 from egrpo_jax.planning.phases import named_arguments, refused_bytes, sketch_job
@@ -78,6 +79,22 @@ def test_moments_that_rest_on_the_hosts_take_no_memory_in_an_update():
     moments = usual.compiled.arguments["moments"]
     assert usual.compiled.memory.arguments - resting.compiled.memory.arguments >= 0.99 * moments
     assert resting.compiled.memory.temporaries - usual.compiled.memory.temporaries <= 0.01 * moments
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "tpu7x:2x2x1"])
+def test_transfers_are_counted_wherever_the_compiler_puts_them(topology):
+    mesh, layers, size = make_mesh(MeshConfig(data=-1, fsdp=4), slice_devices(topology)), 6, 4096
+
+    def walk(x, layers):
+        gathered = lambda layer: jax.lax.all_gather(layer, "fsdp", axis=0, tiled=True)
+        return jax.lax.scan(lambda x, layer: (x @ gathered(layer), None), x, layers)[0]
+
+    samples, split = jax.P(("data", "fsdp")), jax.P(None, "fsdp")
+    shaped = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+    walk = jax.jit(jax.shard_map(walk, mesh=mesh, in_specs=(samples, split), out_specs=samples))
+    program = walk.lower(shaped((64, size), samples), shaped((layers, size, size), split)).compile()
+    wire = hlo.measure(hlo.parse(program.as_text())).wire
+    assert wire == {"all-gather": layers * 3 / 4 * 2 * size**2}
 
 
 def test_the_compilers_refusal_is_understood():
