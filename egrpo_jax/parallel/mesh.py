@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from egrpo_jax.common.errors import ConfigError, UserError, first_line
@@ -60,7 +61,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes[0] * sizes[1] * sizes[2] != count:
         where = "here" if devices is None else "to plan for"
         raise ConfigError("mesh", dataclasses.astuple(config), f"axes that multiply to the {count} devices {where}")
-    return jax.make_mesh(sizes, (*SAMPLES, TENSOR), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # As `jax.make_mesh`, which lets an axis be a part of a slice's side (8 of 4 x 4 chips) on v5e alone.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, (*SAMPLES, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def _count_devices() -> int:

@@ -105,6 +105,14 @@ def test_the_compilers_refusal_is_understood():
     assert refused_bytes(refusal.value) >= 4 * 60_000 * 1_000_000
 
 
+def test_weights_may_be_split_over_a_part_of_a_slices_side():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=8), slice_devices("v6e:4x4"))
+    assert mesh.shape == {"data": 2, "fsdp": 8, "tensor": 1}
+    for row in mesh.devices.reshape(2, 8):
+        x, y, _ = zip(*(device.coords for device in row), strict=True)
+        assert len(set(x)) * len(set(y)) == 8  # neighbours
+
+
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "v5p:3x2x1"])
 def test_slices_that_there_are_not(topology):
     with pytest.raises(UserError, match=f"--topology: found '{topology}', expected a slice, as v4:2x2x1"):
