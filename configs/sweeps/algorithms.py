@@ -1,0 +1,56 @@
+"""Every algorithm on the embedded emoji model with equal forward passes, for `python -m benchmarks.compare_algorithms`.
+
+    python -m egrpo_jax.train --config configs/sweeps/algorithms.py:egrpo
+
+Model, prompts, prompts an iteration and optimizer are one for all; schedule, credit and loss are those of
+`configs/algorithms/*.py:emoji`. What differs in cost has more or fewer iterations: a backward pass counts as two
+forward passes. Hardware: 2 CPU cores; a run takes 3 to 6 minutes.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.rl.algorithms.base import ALGORITHMS
+from egrpo_jax.training.config import EvaluationConfig, TrainConfig, train_config
+
+FOLDER = Path(__file__).parent.parent / "algorithms"
+BUDGET = 115_200
+"""Forward passes of a run, those of 60 iterations of E-GRPO."""
+EVALUATIONS = 6
+
+
+def cost(config: TrainConfig, iteration: int) -> int:
+    """Forward passes of an iteration, counted from 0."""
+    plan = config.plan.make_plan(iteration, config.seed)
+    return config.prompts_per_iteration * (plan.rollout_passes + plan.update_equivalents(config.learner))
+
+
+def within(config: TrainConfig, budget: int = BUDGET) -> TrainConfig:
+    """`config` with as many iterations as the budget has passes for, and evaluations evenly spread over them."""
+    iterations, spent = 0, 0
+    while (spent := spent + cost(config, iterations)) <= budget:
+        iterations += 1
+    every = max(1, iterations // EVALUATIONS)
+    evaluation = dataclasses.replace(config.evaluation, every=every)
+    return dataclasses.replace(config, num_iterations=iterations, evaluation=evaluation)
+
+
+def entry(name: str, **changes) -> TrainConfig:
+    """An algorithm's run on the emoji model, with `changes` to its config."""
+    config = runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]("emoji")
+    config = dataclasses.replace(from_config_dict(TrainConfig, config), **changes)
+    return within(dataclasses.replace(config, evaluation=EvaluationConfig(kept=1)))
+
+
+def get_config(variant: str = "egrpo") -> ml_collections.ConfigDict:
+    """The config of one of the package's algorithms."""
+    if variant not in ALGORITHMS:
+        raise ValueError(f"configs/sweeps/algorithms.py has the variants {sorted(ALGORITHMS)}, found {variant!r}")
+    return train_config(entry(variant))
+
+
+ENTRIES = tuple(ALGORITHMS)

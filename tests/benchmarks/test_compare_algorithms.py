@@ -1,0 +1,123 @@
+"""benchmarks/compare_algorithms.py: what it runs, keeps and shows; and a training of the kind that it starts."""
+
+import json
+
+import pytest
+
+from benchmarks import compare_algorithms as compare
+from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.rl.algorithms.base import ALGORITHMS
+from egrpo_jax.training.config import TrainConfig
+from tests import programs
+
+SWEEPS = {name: compare.load_sweep(name) for name in ("algorithms", "factorial")}
+CASES = [(name, entry) for name, sweep in SWEEPS.items() for entry in sweep.entries]
+
+
+def module(name):
+    return compare.runpy.run_path(str(programs.ROOT / "configs" / "sweeps" / f"{name}.py"))
+
+
+@pytest.mark.parametrize(("name", "entry"), CASES)
+def test_all_entries_have_equal_passes(name, entry):
+    sweep = module("algorithms")
+    config = from_config_dict(TrainConfig, module(name)["get_config"](entry))
+    spent = sum(sweep["cost"](config, iteration) for iteration in range(config.num_iterations))
+    assert spent <= sweep["BUDGET"] < spent + sweep["cost"](config, config.num_iterations)
+    assert config.prompts_per_iteration == 16
+    assert config.rewards.train == ("emoji",)
+    assert set(compare.REWARDS) <= {*config.rewards.train, *config.rewards.heldout}
+    assert config.num_iterations // config.evaluation.every in (6, 7, 8)
+
+
+def test_the_sweeps_are_those_of_the_question():
+    assert SWEEPS["algorithms"].entries == tuple(ALGORITHMS)
+    kernels = {entry for entry in SWEEPS["factorial"].entries if entry.count("-") == 2}
+    assert len(kernels) == 2 * 2 * 2 + 2
+    assert {"epochs_2", "epochs_4_mask", "tau_1.8", "merge_4", "last_half", "all_steps"} <= {
+        *SWEEPS["factorial"].entries
+    }
+    for name in SWEEPS:
+        with pytest.raises(ValueError, match=f"configs/sweeps/{name}.py has the variants"):
+            module(name)["get_config"]("another")
+
+
+def found(start, end, seconds=10.0, diversity=0.0):
+    row = lambda iteration, value: {
+        "iteration": iteration, "seconds": seconds * iteration, **dict.fromkeys(compare.REWARDS, value)
+    }  # fmt: skip
+    return {"evaluations": [row(0, start), row(2, end)], "diversity": diversity}
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    flags = {
+        "RUNS": str(tmp_path / "runs"),
+        "RATES": ["1e-5", "1e-4"],
+        "SEEDS": 2,
+        "JOBS": 1,
+        "ONLY": None,
+        "SWEEP": "small",
+    }
+    for name, value in flags.items():
+        monkeypatch.setattr(compare, name, type("Flag", (), {"value": value}))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    small = compare.Sweep("small", ("good", "bad"), lambda _: 2)
+    monkeypatch.setattr(compare, "load_sweep", lambda _: small)
+    return small
+
+
+@pytest.mark.usefixtures("sweep")
+def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
+    started = []
+
+    def carry_out(_, run, folder, cores):
+        assert (folder / "tuning_judge.txt").exists()
+        assert len(cores) >= 1
+        started.append(run)
+        if len(started) == 7:
+            raise KeyboardInterrupt
+        good = (run.entry, run.rate) in (("good", "1e-5"), ("bad", "1e-4"))
+        return found(0.1, 0.1 + good * (0.2 if run.entry == "good" else 0.1) + 0.01 * run.seed)
+
+    monkeypatch.setattr(compare, "carry_out", carry_out)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main()
+    assert len(json.loads((tmp_path / "small.json").read_text())) >= 5
+    compare.main()
+    assert {run.name for run in started if run.stage == "final"} == {
+        f"{entry}/final/{rate}/{seed}" for entry, rate in (("good", "1e-5"), ("bad", "1e-4")) for seed in (0, 1)
+    }
+    assert len(started) <= 2 * 2 + 2 * 2 + 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| good | 1e-5 | 2 | 20 | 2 | +0.2050 ± 0.0635 | ")
+    assert rows[3].startswith("| bad | 1e-4 |")
+    assert (tmp_path / "small.png").stat().st_size > 10_000
+    count = len(started)
+    compare.main()
+    assert len(started) == count
+
+
+def test_tuning_trains_and_judges_on_other_prompts(tmp_path):
+    train, judge = compare.split_prompts(tmp_path)
+    train, judge = train.read_text().splitlines(), judge.read_text().splitlines()
+    assert not set(train) & set(judge)
+    assert sorted(train + judge) == sorted(compare.read_prompts("emoji_train"))
+    assert len(judge) == pytest.approx(len(train) / 4, rel=0.05)
+
+
+def test_a_run_that_fails_is_one_line():
+    words = programs.command("train", "--config=configs/emoji.py", "--config.seed=-1")
+    with pytest.raises(compare.UserError, match=r"egrpo_jax.train --config=configs/emoji.py .* ended with 2: error: "):
+        compare.start(words, sorted(compare.os.sched_getaffinity(0)))
+
+
+@pytest.mark.slow
+def test_a_run_of_the_comparison(tmp_path):
+    sweep = compare.load_sweep("algorithms")._replace(iterations=lambda _: 3)
+    run = compare.Run("mix_grpo", "tune", "5e-5", compare.TUNING_SEED)
+    numbers = compare.carry_out(sweep, run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
+    first, last = numbers["evaluations"]
+    assert (first["iteration"], last["iteration"]) == (0, 1)
+    assert first["seconds"] == 0 < last["seconds"]
+    assert all(0 < first[name] < 1 for name in compare.REWARDS)
