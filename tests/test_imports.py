@@ -24,10 +24,11 @@ ROOMS = {  # every arrow between rooms, in an order in which each points upwards
     "pipelines": "common flow models parallel data weights text",
     "evaluation": "common flow rl parallel figures run data rewards pipelines",
     "training": "common rl parallel figures run data rewards pipelines evaluation",
+    "analysis": "common figures flow models parallel rl training",
     "planning": "common figures flow parallel pipelines rewards rl run training",
     "cli": "common flow run data pipelines evaluation training",
 }
-PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "plan", "pretrain", "serve"}
+PROGRAMS = {"train", "sample", "evaluate", "encode", "convert", "plan", "analyze", "pretrain", "serve"}
 RUNTIME = {  # what pyproject.toml depends on, by import name
     *("absl", "array_record", "chex", "flax", "ftfy", "grain", "huggingface_hub", "jax", "matplotlib"),
     *("ml_collections", "numpy", "optax", "orbax", "PIL", "rapidocr", "safetensors", "scipy", "tensorboardX"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import chex
 import jax
@@ -29,6 +30,7 @@ _BLOCK = 512
 """Tokens in one step of splash; sequences are padded to a multiple."""
 _LONG = 512
 """Tokens from which a CPU is faster head by head."""
+_RECORDS: list[Callable[[chex.Array], Any]] = []
 
 
 def attention(
@@ -54,6 +56,8 @@ def attention(
     Raises:
       ValueError: the backend that is asked for does not take these arrays here.
     """
+    for record in _RECORDS:
+        jax.debug.callback(record, attention_entropy(query, key, mask))
     chosen = "xla" if mask is not None else _choose(backend, query)
     if chosen == "splash":
         return _over_automatic_axes(query, key, value)
@@ -64,6 +68,34 @@ def attention(
     else:
         mixed = _xla_attention(query, key, value, mask)
     return checkpoint_name(mixed, "attention")
+
+
+@contextlib.contextmanager
+def recorded_entropy(record: Callable[[chex.Array], Any]) -> Iterator[None]:
+    """Hands `attention_entropy` of every attention that is traced inside to `record`, each time that it runs."""
+    _RECORDS.append(record)
+    try:
+        yield
+    finally:
+        _RECORDS.remove(record)
+
+
+def attention_entropy(query: chex.Array, key: chex.Array, mask: chex.Array | None = None) -> chex.Array:
+    """The mean entropy of attention weights over B, N and H, by log M: 1 if all keys weigh alike, 0 if one has all.
+
+    For the arguments see `attention`; a head at a time, so that no `[B, H, N, M]` is held.
+    """
+    batch, tokens, heads, size = query.shape
+    allowed = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+    allowed = jnp.broadcast_to(allowed, (batch, heads, tokens, key.shape[1]))
+
+    def of_head(head: chex.Array) -> chex.Array:
+        logits = jnp.einsum("bnd,bmd->bnm", query[:, :, head], key[:, :, head], preferred_element_type=jnp.float32)
+        logits = jnp.where(allowed[:, head], logits * size**-0.5, -jnp.inf)
+        log_weights = jax.nn.log_softmax(logits, axis=-1)
+        return -jnp.sum(jnp.exp(log_weights) * log_weights, -1, where=allowed[:, head]).mean()
+
+    return jax.lax.map(of_head, jnp.arange(heads)).mean() / math.log(key.shape[1])
 
 
 def takes(backend: Backend, query: chex.Array | jax.ShapeDtypeStruct) -> bool:

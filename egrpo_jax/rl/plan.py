@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.flow.grid import Times
@@ -25,7 +26,7 @@ from egrpo_jax.rl.deal import deal_tails, first_rows
 from egrpo_jax.rl.learner import LearnerConfig, StepWeights
 from egrpo_jax.rl.objective import Objective, PolicyRatio
 from egrpo_jax.rl.rollout import roll_out
-from egrpo_jax.rl.transitions import Rollout, Transitions
+from egrpo_jax.rl.transitions import Rollout, Transitions, step_noise
 
 Normalise: TypeAlias = Callable[[Mapping[str, chex.Array], chex.Array], chex.Array]
 """Rewards `[P, E, R, G]` by name, and which samples have all of theirs, to advantages `[P, E, G]`: `advantage.credit`
@@ -337,6 +338,10 @@ class AnchorPlan(Plan):
         if self.candidates > 1:
             conditioning, anchors = conditioning
         return roll_out(velocity_fn, params, self, deal, conditioning, keys, shape, anchors)
+
+    def noise(self, keys: chex.Array, steps: chex.Array, shape: tuple[int, int]) -> chex.Array:
+        """The noise of all samples at K grid steps, `[P, K, G, *shape]`."""
+        return step_noise(keys, steps, jnp.arange(self.group_size), shape)
 
     def gather(self, transitions: tuple[Transitions, ...], num_rows: int, workers: int) -> tuple[Transitions, ...]:
         """One row of each rollout."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from egrpo_jax.flow.solver import VelocityFn, solve_path
 from egrpo_jax.flow.transition import draw, log_prob
 from egrpo_jax.rl.deal import Tails
-from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions, group_kernel, initial_noise, step_noise
+from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions, group_kernel, initial_noise
 
 if TYPE_CHECKING:  # a plan rolls itself out
     from egrpo_jax.rl.plan import AnchorPlan
@@ -59,7 +59,7 @@ def roll_out(
     if anchors is None:
         anchors, _ = walk_anchors(velocity_fn, params, plan, conditioning, keys, shape)
     transitions = _branch(plan, anchors, keys)
-    return Rollout((transitions,), _walk(velocity_fn, params, plan, tails, transitions.next_latents, conditioning))
+    return Rollout((transitions,), walk_tails(velocity_fn, params, plan, tails, transitions.next_latents, conditioning))
 
 
 @jax.named_scope("branches")
@@ -72,17 +72,15 @@ def _branch(plan: AnchorPlan, anchors: Anchors, keys: chex.Array) -> Transitions
         jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], noises)
     )
     kernel = group_kernel(plan.process, latents, velocity, time, next_time, noise)
-    samples = jnp.arange(plan.group_size)
-    next_latents = draw(kernel, step_noise(keys, steps, samples, latents.shape[-2:]))
+    next_latents = draw(kernel, plan.noise(keys, steps, latents.shape[-2:]))
     density = log_prob(kernel, next_latents)
     step = jnp.broadcast_to(jnp.arange(len(steps)), latents.shape[:2])
-    return Transitions(
-        latents, next_latents, time, next_time, noise, density, step, jnp.broadcast_to(samples, density.shape)
-    )
+    sample = jnp.broadcast_to(jnp.arange(plan.group_size), density.shape)
+    return Transitions(latents, next_latents, time, next_time, noise, density, step, sample)
 
 
 @jax.named_scope("tails")
-def _walk(
+def walk_tails(
     velocity_fn: VelocityFn, params: Any, plan: AnchorPlan, tails: Tails, starts: chex.Array, conditioning: Any
 ) -> chex.Array:
     """Walks `tails` from the samples `[P, E, G, N, D]` to t = 0: `[M, N, D]`."""

@@ -23,6 +23,8 @@ from egrpo_jax.rl.rollout import walk_anchors
 from egrpo_jax.rl.transitions import Anchors, Rollout, Transitions, split_samples
 from egrpo_jax.rl.update import (
     Batches,
+    Gradient,
+    Scorer,
     StepStats,
     TrainState,
     UpdateStats,
@@ -101,7 +103,7 @@ def _rollout(
     tables = jax.tree.map(over_samples, deal.worker_axes())
     in_specs = (layout.specs, tables, REPLICATED, over_samples(), over_samples())
     rollout = spread(roll, in_specs, over_samples())(
-        layout.working_copy(params), deal, schedule, *_take((conditioning, keys), rows)
+        layout.working_copy(params), deal, schedule, *take_rows((conditioning, keys), rows)
     )
     return rollout._replace(transitions=job.plan.gather(rollout.transitions, count, workers))
 
@@ -117,9 +119,9 @@ def _screen(job: Job, layout: Layout, params: Any, conditioning: Any, keys: chex
     count, workers = len(keys), sample_devices()
     rows = deal_prompts(count, workers).ravel()
     anchors, ends = spread(walk, (layout.specs, over_samples(), over_samples()), over_samples())(
-        layout.working_copy(params), *_take((conditioning, keys), rows)
+        layout.working_copy(params), *take_rows((conditioning, keys), rows)
     )
-    return _take(anchors, first_rows(count, workers)), ends
+    return take_rows(anchors, first_rows(count, workers)), ends
 
 
 def _credit(job: Job, values: dict[str, chex.Array], came: chex.Array, running: Running | None = None) -> chex.Array:
@@ -153,11 +155,34 @@ def _update(
     iteration: chex.Array,
     conditioning: Any,
 ) -> tuple[TrainState, UpdateStats]:
-    config, pipeline = job.config.learner, job.pipeline
-    objective = job.plan.objective(config)
-    trained_layout, frozen_layout = (Layout(specs) for specs in partition(layout.specs, pipeline.trainable))
+    lesson = prepare(job, layout, frozen, transitions, advantage, step_weights, conditioning)
+    return update_policy(
+        lesson.score, lesson.gradient, job.optimizer, job.config.learner, state, lesson.batches, iteration
+    )
+
+
+class Lesson(NamedTuple):
+    """The arguments of `update_policy` for all devices together."""
+
+    score: Scorer
+    gradient: Gradient
+    batches: Batches
+
+
+def prepare(
+    job: Job,
+    layout: Layout,
+    frozen: Any,
+    transitions: tuple[Transitions, ...],
+    advantage: chex.Array,
+    step_weights: chex.Array,
+    conditioning: Any,
+) -> Lesson:
+    """Deals what `Phases.update` is called with to the devices."""
+    objective = job.plan.objective(job.config.learner)
+    trained_layout, frozen_layout = (Layout(specs) for specs in partition(layout.specs, job.pipeline.trainable))
     velocity = lambda frozen: (
-        lambda trained, *inputs: pipeline.velocity(layout.boxed(combine(trained, frozen)), *inputs)
+        lambda trained, *inputs: job.pipeline.velocity(layout.boxed(combine(trained, frozen)), *inputs)
     )
 
     def score(trained: Any, frozen: Any, conditioning: Any, batch: Batch) -> Scored:
@@ -169,7 +194,7 @@ def _update(
 
     transitions = job.plan.prune(transitions, advantage)
     rows = deal_prompts(len(advantage), sample_devices()).ravel()
-    transitions, advantage, conditioning = _take((transitions, advantage, conditioning), rows)
+    transitions, advantage, conditioning = take_rows((transitions, advantage, conditioning), rows)
     samples, in_specs = over_samples(), (trained_layout.specs, frozen_layout.specs, over_samples(), over_samples())
     score_all = spread(score, in_specs, samples)
     gradient_of_each = spread(gradient, in_specs, (trained_layout.specs, samples))
@@ -178,17 +203,11 @@ def _update(
         grads, stats = gradient_of_each(trained, frozen, conditioning, batches)
         return grads, add_stats(stats)
 
-    return update_policy(
+    sizes = zip(job.plan.blocks, transitions, job.plan.shares, strict=True)
+    return Lesson(
         lambda trained, batch: score_all(trained, frozen, conditioning, batch),
         gradient_of_all,
-        job.optimizer,
-        config,
-        state,
-        tuple(
-            _batch(job, size, block, share, advantage, step_weights)
-            for size, block, share in zip(job.plan.blocks, transitions, job.plan.shares, strict=True)
-        ),
-        iteration,
+        tuple(_batch(job, size, block, share, advantage, step_weights) for size, block, share in sizes),
     )
 
 
@@ -204,7 +223,7 @@ def _batch(job: Job, size: Block, block: Any, share: float, advantage: chex.Arra
     return spread(take_batch, in_specs, over_samples(1))(block, advantage, step_weights, states)
 
 
-def _take(tree: Any, rows: np.ndarray) -> Any:
+def take_rows(tree: Any, rows: np.ndarray) -> Any:
     """The rows of every leaf; `tree` itself, and nothing moves between devices, where these are all."""
     count = len(jax.tree.leaves(tree)[0])
     return tree if np.array_equal(rows, np.arange(count)) else jax.tree.map(lambda x: x[rows], tree)

@@ -11,7 +11,16 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from egrpo_jax.models.attention import _choose, _head_by_head, _splash, _xla_attention, attention, takes
+from egrpo_jax.models.attention import (
+    _choose,
+    _head_by_head,
+    _splash,
+    _xla_attention,
+    attention,
+    attention_entropy,
+    recorded_entropy,
+    takes,
+)
 
 TPU = AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
 AXES = ("data", "fsdp", "tensor")
@@ -212,3 +221,28 @@ def test_choice_for_a_gpu(monkeypatch, kind, capability, dtype, dim, masked, exp
     jax.eval_shape(lambda q, k, v: attention(q, k, v, jnp.ones((4, 4), bool) if masked else None), *[heads] * 3)
     assert called == (["cudnn"] if expected == "cudnn" else [])
     assert takes("cudnn", heads) == (expected == "cudnn" or masked)
+
+
+def test_entropy_of_attention():
+    """Against plain softmax; by that of uniform weights, over keys that may be attended to."""
+    query, key = (jax.random.normal(jax.random.key(seed), (2, 5, 3, 8)) for seed in (0, 1))
+    weights = np.asarray(jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", query, key) / np.sqrt(8), -1), np.float64)
+    expected = -(weights * np.log(weights)).sum(-1).mean() / np.log(5)
+    np.testing.assert_allclose(attention_entropy(query, key), expected, rtol=1e-5)
+    np.testing.assert_allclose(attention_entropy(0 * query, key), 1, rtol=1e-6)
+    np.testing.assert_allclose(attention_entropy(1e4 * query, key), 0, atol=1e-3)
+    two = jnp.arange(5)[None, None, None] < 2
+    np.testing.assert_allclose(attention_entropy(0 * query, key, two), np.log(2) / np.log(5), rtol=1e-6)
+
+
+def test_entropy_is_recorded_of_what_is_traced_meanwhile():
+    heard, x = [], jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    scanned = lambda x: jax.lax.scan(lambda c, _: (attention(c, c, c), None), x, length=3)[0]
+    with recorded_entropy(heard.append):
+        jax.block_until_ready(jax.jit(lambda x: scanned(x))(x))
+        jax.effects_barrier()
+    assert len(heard) == 3
+    np.testing.assert_allclose(heard[0], attention_entropy(x, x), rtol=1e-6)
+    jax.block_until_ready(jax.jit(lambda x: scanned(2 * x))(x))
+    jax.effects_barrier()
+    assert len(heard) == 3
