@@ -525,10 +525,10 @@ def test_moments_that_rest_on_the_host_change_nothing_but_where_they_are(finishe
     assert program.train(usual, tmp_path, allow_config_change=True) is None
 
 
-@pytest.mark.parametrize("variant", ["mix_grpo", "diffusion_nft", "ada_grpo"])
+@pytest.mark.parametrize("variant", ["mix_grpo", "diffusion_nft", "ada_grpo", "adaptive"])
 def test_resumed_within_a_moving_schedule_a_run_ends_as_if_never_stopped(tmp_path, variant):
     """Its window moves in every iteration; a trailing copy, whose decay rises, makes the samples; a running mean
-    chooses the prompts."""
+    chooses the prompts; noise follows the rewards."""
     for name, parts in (("whole", (4,)), ("parted", (2, 4))):
         for iterations in parts:
             moving = config(variant, **ONE_CALL, num_iterations=iterations)
@@ -544,6 +544,12 @@ def test_resumed_within_a_moving_schedule_a_run_ends_as_if_never_stopped(tmp_pat
     whole, parted = (untimed_metrics(tmp_path / name) for name in ("whole", "parted"))
     trained = lambda lines: [{k: v for k, v in line.items() if not k.startswith("eval")} for line in lines]
     assert trained(whole) == trained(parted)
+    if variant == "adaptive":
+        noises = [[line[f"noise/step_{step}"] for step in (0, 1)] for line in whole[1:]]
+        assert noises[0] == noises[1] != noises[2] == noises[3]
+        lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+        assert all(line["compilations"] == 0 for line in lines[2:])
+        assert (tmp_path / "whole" / "noise.png").stat().st_size > 10_000
 
 
 def test_another_config_is_refused_unless_told(finished, tmp_path):

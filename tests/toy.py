@@ -179,6 +179,8 @@ def get_config(variant=""):
         config.learner.samples, config.learner.trailing_decay, config.learner.trailing_ramp = "trailing", 0.5, 0.1
         config.learner.reference_weight, config.learner.reference_in = 1e-3, "velocity"
     config.learner.minibatches = {"mix_grpo": 2, "branch_grpo": 3, "dance_grpo": 2}.get(variant, 1)
+    if variant == "adaptive":
+        config.plan.process, config.plan.entropy_by, config.plan.adapt_every = "exact_sde", "noise", 2
     if variant == "reuse":
         config.learner.epochs, config.learner.step_weights, config.learner.objective = 2, "flat", "kl_mask"
     return config

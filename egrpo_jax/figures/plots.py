@@ -92,6 +92,25 @@ def entropy_plot(
     save_figure(figure, path)
 
 
+def noise_plot(metrics: Sequence[Mapping[str, float]], groups: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """The std of each random step over the iterations of a run whose noise adapts.
+
+    Args:
+      metrics: lines of `metrics.read_metrics`; uses "noise/<group>".
+      groups: names of the steps.
+      path: PNG to write; UserError if it cannot be written.
+    """
+    figure = new_figure(8, 4.2)
+    axes = figure.add_subplot()
+    for group in groups:
+        axes.plot(*_series(metrics, f"noise/{group}"), label=group)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("std of the random step")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    save_figure(figure, path)
+
+
 def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations and values of `key`, where it was written and is finite."""
     points = [(line["iteration"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]

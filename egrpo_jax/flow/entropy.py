@@ -24,7 +24,12 @@ _EXP_ENTROPY = math.sqrt(2 * math.pi * math.e)  # of a step of std 1
 def exp_entropy(process: Process, times: Times, step: int, merge: int) -> float:
     """e^{h/d} = sqrt(2 pi e) std of the step of `process` that starts at `step` and spans `merge` grid steps."""
     noise = process.noise(times, step, merge)
-    return _EXP_ENTROPY * float(process.std(*ends(times, step, merge), noise))
+    return exp_entropy_of(float(process.std(*ends(times, step, merge), noise)))
+
+
+def exp_entropy_of(std: float) -> float:
+    """e^{h/d} = sqrt(2 pi e) std."""
+    return _EXP_ENTROPY * std
 
 
 def noise_by_entropy(threshold: float) -> NoiseByStd:

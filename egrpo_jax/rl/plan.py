@@ -275,7 +275,7 @@ class Plan(abc.ABC):
 class AnchorPlan(Plan):
     """The plan of an anchor and groups that branch off it, each sample by one random step; see the module's docstring.
 
-    All of it is static: `schedule` is empty.
+    All of it is static, and `schedule` empty, but in a plan whose noise adapts (`rl.adaptive`).
 
     Attributes:
       memory: the share of what it was that the running mean of rewards keeps, by which one of `candidates` is chosen.
@@ -311,8 +311,8 @@ class AnchorPlan(Plan):
         static = lambda plan: (plan.times, plan.branches, plan.group_size, plan.tail_solvers, plan.seeds)
         return isinstance(other, AnchorPlan) and static(self) == static(other)
 
-    def schedule(self) -> tuple[()]:
-        """Nothing."""
+    def schedule(self) -> Any:
+        """Nothing; or the noise of its steps, `[E]`."""
         return ()
 
     def deal(self, num_rows: int, workers: int, slots: int | None) -> Deal:
@@ -333,11 +333,10 @@ class AnchorPlan(Plan):
 
         With `candidates` the conditioning is a pair: of the prompts that were chosen, and their `Anchors`.
         """
-        del schedule
-        anchors = None
+        anchors, noises = None, None if isinstance(schedule, tuple) else schedule
         if self.candidates > 1:
             conditioning, anchors = conditioning
-        return roll_out(velocity_fn, params, self, deal, conditioning, keys, shape, anchors)
+        return roll_out(velocity_fn, params, self, deal, conditioning, keys, shape, anchors, noises)
 
     def noise(self, keys: chex.Array, steps: chex.Array, shape: tuple[int, int]) -> chex.Array:
         """The noise of all samples at K grid steps, `[P, K, G, *shape]`."""

@@ -42,6 +42,7 @@ def roll_out(
     keys: chex.Array,
     shape: tuple[int, int],
     anchors: Anchors | None = None,
+    noises: chex.Array | None = None,
 ) -> Rollout:
     """Samples one iteration of `plan`, or a worker's part of it.
 
@@ -55,19 +56,21 @@ def roll_out(
       keys: one key for each prompt, `[P]`.
       shape: (N, D) of the latents.
       anchors: if they have been walked already.
+      noises: of the random steps, `[E]`, where they are not those of `plan`.
     """
     if anchors is None:
         anchors, _ = walk_anchors(velocity_fn, params, plan, conditioning, keys, shape)
-    transitions = _branch(plan, anchors, keys)
+    if noises is None:
+        noises = jnp.array([branch.noise for branch in plan.branches], jnp.float32)
+    transitions = _branch(plan, anchors, keys, noises)
     return Rollout((transitions,), walk_tails(velocity_fn, params, plan, tails, transitions.next_latents, conditioning))
 
 
 @jax.named_scope("branches")
-def _branch(plan: AnchorPlan, anchors: Anchors, keys: chex.Array) -> Transitions:
+def _branch(plan: AnchorPlan, anchors: Anchors, keys: chex.Array, noises: chex.Array) -> Transitions:
     times, (latents, velocity) = jnp.array(plan.times, jnp.float32), anchors
     steps = jnp.array([branch.step for branch in plan.branches])
     stops = jnp.array([branch.stop for branch in plan.branches])
-    noises = jnp.array([branch.noise for branch in plan.branches], jnp.float32)
     time, next_time, noise = (
         jnp.broadcast_to(value, latents.shape[:2]) for value in (times[steps], times[stops], noises)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +14,7 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards import RewardError, Scores
+from egrpo_jax.rl.adaptive import AdaptivePlan, Memory, spread_within
 from egrpo_jax.rl.advantage import complete_groups
 from egrpo_jax.rl.plan import Deal, Plan
 from egrpo_jax.rl.transitions import Transitions, prompt_keys
@@ -62,6 +64,10 @@ def run_iteration(
     """
     config, iteration = job.config, progress.iteration
     count, plan = config.prompts_per_iteration, job.plan_at(iteration)
+    memory = None
+    if isinstance(plan, AdaptivePlan):
+        memory = progress.memory or plan.begin()
+        plan = plan.at(memory)
     count *= plan.candidates
     prompts = prompts_at(job.prompts, config.seed, progress.position, count)
     with hosts.agreed():
@@ -85,9 +91,22 @@ def run_iteration(
         )
 
     numbers = reward_numbers(plan, samples.scores, samples.heldout, samples.finite)
+    if memory is not None:
+        numbers |= {f"noise/{group}": noise for group, noise in zip(plan.groups, memory.noise, strict=True)}
+        memory = learnt(job, memory, samples.scores)
     numbers |= update_numbers(advantage, stats, state)
     numbers |= {"groups": float(job.rollouts * len(plan.groups)), "groups_left_out": float(left_out)}
-    return Progress(state, progress.key, iteration + 1, progress.position + count, running), numbers
+    return Progress(state, progress.key, iteration + 1, progress.position + count, running, memory), numbers
+
+
+def learnt(job: Job, memory: Memory, scores: Mapping[str, Scores]) -> Memory:
+    """The memory of a plan whose noise adapts, after an iteration's scores."""
+    assert isinstance(job.plan, AdaptivePlan)  # which alone has one
+    config = job.config.rewards
+    came = np.all([scores[name].came for name in config.train], axis=0)
+    weighted = zip(config.train, config.weights, strict=True)
+    total = np.sum([weight * np.where(came, scores[name].values, 0) for name, weight in weighted], axis=0)
+    return job.plan.learn(memory, spread_within(total, came))
 
 
 def of_seeds(plan: Plan, prompts: list[str], conditioning: Any) -> tuple[list[str], Any]:

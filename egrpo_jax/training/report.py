@@ -29,6 +29,7 @@ from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.figures import grids, plots
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards.base import LARGEST
+from egrpo_jax.rl.adaptive import AdaptivePlan
 from egrpo_jax.run.metrics import read_metrics
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.training.job import Job
@@ -164,13 +165,12 @@ def report(job: Job, history: Sequence[Evaluation], workdir: Path) -> None:
             f"  {name:18s} {role:8s} {first.scores[name].mean():.4f} -> {last.scores[name].mean():.4f}"
             f"   {change:+.4f} ± {width:.4f}"
         )
-    plots.reward_curve(
-        read_metrics(workdir / "metrics.jsonl"),
-        config.rewards.train,
-        config.rewards.heldout,
-        workdir / "reward_curve.png",
-    )
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    plots.reward_curve(metrics, config.rewards.train, config.rewards.heldout, workdir / "reward_curve.png")
     images = ["before_after.png", "reward_curve.png"]
+    if isinstance(job.plan, AdaptivePlan):
+        plots.noise_plot(metrics, job.plan.groups, workdir / "noise.png")
+        images.append("noise.png")
     if job.plan.branches:
         plots.entropy_plot(
             job.plan.times,

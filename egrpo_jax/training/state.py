@@ -17,6 +17,7 @@ from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.mesh import REPLICATED
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines import Pipeline
+from egrpo_jax.rl.adaptive import Memory
 from egrpo_jax.rl.update import TrainState, init_state
 from egrpo_jax.run.checkpoint import Checkpoints
 from egrpo_jax.training.config import TrainConfig
@@ -34,6 +35,7 @@ class Progress(NamedTuple):
     """The point that a run has reached: iterations completed, prompts used, and the key of all its noise.
 
     `running` is of the weighted sum of the training rewards; None before the first iteration, and where no plan asks.
+    `memory` is that of a plan whose noise adapts; None as well.
     """
 
     state: TrainState
@@ -41,6 +43,7 @@ class Progress(NamedTuple):
     iteration: int
     position: int
     running: Running | None = None
+    memory: Memory | None = None
 
 
 def abstract_state(job: Job, mesh: Mesh) -> TrainState:
@@ -74,7 +77,8 @@ def start_or_resume(job: Job, checkpoints: Checkpoints, mesh: Mesh, allow_change
         )
     key = jax.random.wrap_key_data(tree["key"])
     running = Running(*meta["running"]) if meta.get("running") else None
-    return Progress(tree["state"], key, iteration, meta["position"], running), job.pipeline.load_frozen(mesh)
+    memory = Memory.read(meta["memory"]) if meta.get("memory") else None
+    return Progress(tree["state"], key, iteration, meta["position"], running, memory), job.pipeline.load_frozen(mesh)
 
 
 def _first_state(job: Job, trained: Any, abstract: TrainState) -> TrainState:
@@ -92,7 +96,8 @@ def policy_params(state: TrainState) -> Any:
 def save(checkpoints: Checkpoints, progress: Progress, job: Job) -> None:
     """Starts writing a checkpoint."""
     tree = {"state": progress.state, "key": jax.random.key_data(progress.key)}
-    meta = {"position": progress.position, "prompts": prompts_hash(job.prompts), "running": progress.running}
+    kept = {"running": progress.running, "memory": progress.memory}
+    meta = {"position": progress.position, "prompts": prompts_hash(job.prompts), **kept}
     checkpoints.save(progress.iteration, tree, meta)
 
 

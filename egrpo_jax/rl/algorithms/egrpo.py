@@ -7,10 +7,11 @@ import itertools
 from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
-from egrpo_jax.common.ranges import Range
+from egrpo_jax.common.ranges import Count, Range
 from egrpo_jax.flow.entropy import Merge, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.process import NoiseByStd, Process
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver
+from egrpo_jax.rl.adaptive import AdaptivePlan
 from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan
 
@@ -30,6 +31,8 @@ class EGrpo(StepAlgorithm):
       merges: instead of `entropy_threshold`, which is None then, the number of grid steps each active step spans.
       stds: instead of both and of `noise_level`, with "exact_sde": the standard deviation of every active step, or of
         each of them, which are single steps.
+      adapt_every: iterations between changes of each step's noise to what it does to rewards (`rl.adaptive`), for
+        "exact_sde" with stds or entropy_by "noise"; None keeps it. Not of the paper.
       tail_strides: the grid strides at which tails are walked; each stride gives every sample one more image and one
         more advantage, and these are added (the granularities of G2RPO).
       tail_steps: more of these, tails of so many steps of DPM-Solver++(2M), spread over what is left of the grid.
@@ -41,6 +44,7 @@ class EGrpo(StepAlgorithm):
     entropy_by: Literal["merge", "noise"] = "merge"
     merges: tuple[Annotated[int, Range(1, 10_000)], ...] | None = None
     stds: tuple[Annotated[float, Range(1e-4, 1000)], ...] | None = None
+    adapt_every: Count | None = None
     tail_strides: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
     tail_steps: tuple[Annotated[int, Range(1, 10_000)], ...] = ()
 
@@ -50,6 +54,9 @@ class EGrpo(StepAlgorithm):
             raise ConfigError("tail_strides", self.tail_strides, "one or more strides, or tail_steps")
         if self.process != "exact_sde" and (self.stds is not None or self.entropy_by == "noise"):
             raise ConfigError("process", self.process, "'exact_sde', which alone takes any standard deviation")
+        if self.adapt_every is not None and self.stds is None and self.entropy_by != "noise":
+            expected = "None, or steps whose noise can be chosen: stds, or entropy_by 'noise'"
+            raise ConfigError("adapt_every", self.adapt_every, expected)
         self._check_active_steps()
         self._check_noise()
         self._check_merges()
@@ -92,7 +99,7 @@ class EGrpo(StepAlgorithm):
         return tuple(range(self.num_steps // 2)) if self.active_steps is None else self.active_steps
 
     def make_plan(self, iteration: int = 0, seed: int = 0) -> AnchorPlan:
-        """The same plan for all iterations."""
+        """The same plan for all iterations, from which one whose noise adapts departs."""
         del iteration, seed
         process = self.make_process()
         branches = tuple(
@@ -104,7 +111,8 @@ class EGrpo(StepAlgorithm):
                 expected = f"steps with noise; {process} has none up to the end"
                 raise ConfigError("plan.active_steps", branch.step, expected)
         solvers: tuple[Solver, ...] = (*map(Euler, self.tail_strides), *map(DpmSolver2M, self.tail_steps))
-        return AnchorPlan(self.times, process, branches, self.group_size, solvers)
+        plan = self.times, process, branches, self.group_size, solvers
+        return AnchorPlan(*plan) if self.adapt_every is None else AdaptivePlan(*plan, every=self.adapt_every)
 
     def make_process(self) -> Process:
         """The process, whose noise may come from the entropy, or from a choice for each step."""
