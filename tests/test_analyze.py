@@ -1,12 +1,14 @@
 """The program that measures random steps and recommends a schedule."""
 
 import json
+import os
 import re
+import subprocess
 
 import pytest
 from PIL import Image
 
-from tests import programs
+from tests import programs, tiny_flux
 
 SMALL = ("--prompts=2", "--pairs=3", "--replicates=3", "--tail_replicates=1")
 
@@ -72,6 +74,30 @@ def test_the_weights_of_a_run(tmp_path):
     assert "weights of the run run, iteration 1" in done.stdout
     assert "| base weights | 100% |" in done.stdout
     assert json.loads((tmp_path / "out" / "analysis.json").read_text())["forms"][0]["steps"][-1]["branch"]["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+@pytest.mark.parametrize("config", ["tests/toy.py", "flux"])
+def test_it_does_not_depend_on_the_devices(tmp_path, config):
+    if config == "flux":
+        config = f"tests/tiny_flux.py:{tiny_flux.write_pipeline(tmp_path / 'pipeline')}"
+    records = []
+    for devices, mesh in ((1, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2"))):
+        words = programs.command("analyze", f"--config={config}", f"--out={tmp_path / str(devices)}", *mesh, *SMALL)
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        done = subprocess.run(words, cwd=programs.ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads((tmp_path / str(devices) / "analysis.json").read_text())["forms"])
+    for one, several in zip(*records, strict=True):
+        for step, same in zip(one["steps"], several["steps"], strict=True):
+            numbers = [
+                [each["gradient"]["norm"], each["distance"], each["attention"] or 0.0]
+                + [reward["spread"]["value"] for reward in each["rewards"].values()]
+                for each in (step, same)
+            ]
+            assert numbers[1] == pytest.approx(numbers[0], rel=1e-3)
+            assert same["gradient"]["ratio"]["value"] == pytest.approx(step["gradient"]["ratio"]["value"], abs=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
     python -m egrpo_jax.train --config configs/sweeps/factorial.py:exact-none-flat
 
 A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to equal entropy by "merge", by
-"noise" alone, or "none"; "plain" or "flat" weights. Others are the paper's ablations, named by what is changed. All
-have equal forward passes, as in `configs/sweeps/algorithms.py`.
+"noise" alone, or "none"; "plain" or "flat" weights. Others are the paper's ablations, epochs, and other tails. All have
+equal forward passes, as in `configs/sweeps/algorithms.py`.
 """
 
 import dataclasses
@@ -24,6 +24,9 @@ LEARNER = LearnerConfig(updates="per_active_step", ema_decay=0.9)
 FLAT = dataclasses.replace(LEARNER, step_weights="flat", clip_range=4e-6)
 ENTROPY = {"merge": {}, "none": {"entropy_threshold": 0.0}}
 BY_NOISE = {"process": "exact_sde", "entropy_by": "noise"}
+TAILS = {"tail_full": {"tail_strides": (1,)}} | {
+    f"tail_2m_{count}": {"tail_strides": (), "tail_steps": (count,)} for count in (2, 3)
+}
 STEPS = {"first_quarter": (0, 1), "last_half": (4, 5, 6), "all_steps": tuple(range(7))}
 
 FACTORS = {
@@ -49,6 +52,7 @@ ABLATIONS = (
         for length in (2, 4)
     }
     | {name: (dataclasses.replace(BASE, active_steps=steps), LEARNER) for name, steps in STEPS.items()}
+    | {name: (dataclasses.replace(BASE, **tails), LEARNER) for name, tails in TAILS.items()}
 )
 VARIANTS = FACTORS | EPOCHS | ABLATIONS
 ENTRIES = tuple(VARIANTS)
