@@ -112,12 +112,31 @@ def test_a_run_that_fails_is_one_line():
         compare.start(words, sorted(compare.os.sched_getaffinity(0)))
 
 
-@pytest.mark.slow
-def test_a_run_of_the_comparison(tmp_path):
-    sweep = compare.load_sweep("algorithms")._replace(iterations=lambda _: 3)
-    run = compare.Run("mix_grpo", "tune", "5e-5", compare.TUNING_SEED)
-    numbers = compare.carry_out(sweep, run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
+def test_the_command_of_a_run(tmp_path):
+    sweep = compare.load_sweep("algorithms")._replace(iterations=lambda _: 30)
+    tuning, final = (compare.Run("egrpo", stage, "5e-5", 3) for stage in ("tune", "final"))
+    workdir = f"--workdir={tmp_path}/egrpo"
+    words = compare.command(sweep, final, tmp_path)
+    assert words[1:] == [
+        *("-m", "egrpo_jax.train", "--config=configs/sweeps/algorithms.py:egrpo", f"{workdir}/final/5e-5/3"),
+        *("--config.seed=3", "--config.optim.learning_rate=5e-5"),
+    ]
+    shorter = compare.command(sweep, tuning, tmp_path)[len(words) :]
+    assert shorter[:2] == ["--config.num_iterations=10", "--config.evaluation.every=10"]
+
+
+def test_a_run_of_the_comparison(monkeypatch, tmp_path):
+    """Of a smaller model; carried out again, it is at its end already."""
+    run = compare.Run("toy", "tune", "3e-3", 0)
+    toy = programs.command(
+        "train", "--config=tests/toy.py", "--config.num_iterations=4", f"--workdir={tmp_path / run.name}"
+    )
+    monkeypatch.setattr(compare, "command", lambda *_: toy)
+    monkeypatch.setattr(compare, "REWARDS", ("tests.toy:redness", "tests.toy:brightness"))
+    numbers = compare.carry_out(SWEEPS["algorithms"], run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
     first, last = numbers["evaluations"]
-    assert (first["iteration"], last["iteration"]) == (0, 1)
+    assert (first["iteration"], last["iteration"]) == (0, 4)
     assert first["seconds"] == 0 < last["seconds"]
-    assert all(0 < first[name] < 1 for name in compare.REWARDS)
+    assert compare.gain(numbers, "tests.toy:redness") != 0
+    again = compare.carry_out(SWEEPS["algorithms"], run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
+    assert again == numbers
