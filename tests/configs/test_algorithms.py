@@ -1,10 +1,11 @@
 """The configs of the algorithms: that each has one, what it holds, and what its plan costs."""
 
+import dataclasses
 import runpy
 
 import pytest
 
-from configs import emoji, flux_egrpo
+from configs import emoji, flux_egrpo, flux_egrpo_fast
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO
 from egrpo_jax.rl.algorithms.base import ALGORITHMS
@@ -141,6 +142,13 @@ def test_egrpos_are_the_configs_that_explain_it():
         found = FILES["egrpo"]["get_config"](case.partition(":")[2])
         found.name, found.prompts_per_rollout = other.name, other.prompts_per_rollout
         assert found == other
+
+
+def test_the_fast_run_is_the_papers_but_for_its_tails():
+    paper, fast = (from_config_dict(TrainConfig, file.get_config()) for file in (flux_egrpo, flux_egrpo_fast))
+    assert fast.plan.make_plan().rollout_passes == 400
+    tails = {name: getattr(paper.plan, name) for name in ("tail_strides", "tail_steps")}
+    assert dataclasses.replace(fast, name=paper.name, plan=dataclasses.replace(fast.plan, **tails)) == paper
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import flux_egrpo, flux_lora, flux_schnell
+from configs import flux_egrpo, flux_egrpo_fast, flux_lora, flux_schnell
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.common.offload import HOST
@@ -238,6 +238,7 @@ def test_things_that_are_not_there(base):
         (flux_lora.get_config(), {"hpsv2.1"}),
         (flux_lora.get_config("dance_grpo"), {"hpsv2.1"}),
         (flux_schnell.get_config(), {"hpsv2.1"}),
+        (flux_egrpo_fast.get_config(), {"hpsv2.1"}),
     ],
 )
 def test_the_configs_of_flux(config, rewards):
@@ -245,7 +246,7 @@ def test_the_configs_of_flux(config, rewards):
     assert set(read.rewards.train) == rewards
     assert not rewards & set(read.rewards.heldout)
     assert read.model.name == "flux"
-    assert (read.model.flux.lora is None) == (read.name == "flux_egrpo")
+    assert (read.model.flux.lora is None) == read.name.startswith("flux_egrpo")
 
 
 def test_unknown_rewards_of_the_paper():
