@@ -108,11 +108,13 @@ def command(sweep: Sweep, run: Run, folder: Path) -> list[str]:
 
 def start(words: Sequence[str], cores: Sequence[int]) -> None:
     """Runs a program on `cores`. Raises UserError with its last line if it fails."""
-    pin = lambda: os.sched_setaffinity(0, cores)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=pin)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no word of why"]
-        raise UserError(f"{' '.join(words[2:5])} ended with {done.returncode}: {last[0]}")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        os.sched_setaffinity(process.pid, cores)  # before it has threads
+        _, errors = process.communicate()
+    if process.returncode:
+        last = errors.strip().splitlines()[-1:] or ["no word of why"]
+        raise UserError(f"{' '.join(words[2:5])} ended with {process.returncode}: {last[0]}")
 
 
 def carry_out(sweep: Sweep, run: Run, folder: Path, cores: Sequence[int]) -> dict[str, Any]:
