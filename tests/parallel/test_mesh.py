@@ -57,7 +57,7 @@ def assert_same(found, expected):
     "size",
     [  # four devices, of which two share each of three prompts
         "mix_grpo@6x4", "branch_grpo@6x4", "dance_grpo@6x4", "flow_grpo@6x4", "ada_grpo@6x4", "tempflow_grpo@6x3",
-        "diffusion_nft@6x4", "v_grpo@6x4",
+        "diffusion_nft@6x4", "v_grpo@6x4", "adaptive@6x4",
     ],
 )  # fmt: skip
 def test_no_algorithm_depends_on_the_devices(tmp_path, size):
