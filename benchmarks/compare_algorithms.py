@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 REWARDS = ("emoji", "emoji_judge", "emoji_judge_r1")
 """The trained one, the held-out judge, and how often that finds the prompt first of all."""
+DIVERSITY = "emoji_judge"
 TUNING_SEED, TUNING_SHARE, HELD_BACK = 100, 3, 5
 
 FLAGS = flags.FlagValues()
@@ -126,10 +127,14 @@ def carry_out(sweep: Sweep, run: Run, folder: Path, cores: Sequence[int]) -> dic
         out = workdir / "evaluation"
         shutil.rmtree(out, ignore_errors=True)
         words = [sys.executable, "-m", "egrpo_jax.evaluate", f"--workdir={workdir}", f"--out={out}"]
-        start([*words, "--samples=2", "--diversity=emoji_judge"], cores)
-        rows = json.loads((out / "table.json").read_text())["scores"]
-        found["diversity"] = next(row["change"]["mean"] for row in rows if row["role"] == "diversity")
+        start([*words, "--samples=2", f"--diversity={DIVERSITY}"], cores)
+        found["diversity"] = diversity_change(json.loads((out / "table.json").read_text())["scores"])
     return found
+
+
+def diversity_change(rows: Sequence[dict[str, Any]]) -> float:
+    """The change of the distance between the images of a prompt, of the rows of `egrpo_jax.evaluate`."""
+    return next(row["change"]["mean"] for row in rows if row["name"] == f"diversity ({DIVERSITY})")
 
 
 def evaluations(workdir: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
       name: of the score.
-      role: what it is to the tuned model: "train", "held out", or "diversity".
+      role: what it is to the tuned model: "train", "held out", or "within a prompt", as a diversity is.
       prompts: how many count: those that have all their scores.
       missing: how many do not.
       base: the base model's mean over the prompts.

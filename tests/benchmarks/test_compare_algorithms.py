@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import compare_algorithms as compare
 from egrpo_jax.common.config import from_config_dict
+from egrpo_jax.evaluation.side_by_side import Judging, compare_all
+from egrpo_jax.evaluation.statistics import as_json
+from egrpo_jax.rewards import Scores
 from egrpo_jax.rl.algorithms.base import ALGORITHMS
 from egrpo_jax.training.config import TrainConfig
 from tests import programs
@@ -104,6 +108,13 @@ def test_tuning_trains_and_judges_on_other_prompts(tmp_path):
     assert not set(train) & set(judge)
     assert sorted(train + judge) == sorted(compare.read_prompts("emoji_train"))
     assert len(judge) == pytest.approx(len(train) / 4, rel=0.05)
+
+
+def test_diversity_is_found_among_what_evaluate_writes():
+    scores = Scores.of(np.array([[0.2, 0.4]], np.float32)), Scores.of(np.array([[0.1, 0.1]], np.float32))
+    judging = Judging({}, "emoji", 2, None, f"diversity ({compare.DIVERSITY})")
+    rows = compare_all([{judging.diversity: one} for one in scores], judging, ("emoji",))
+    assert compare.diversity_change([as_json(row) for row in rows]) == pytest.approx(-0.2)
 
 
 def test_a_run_that_fails_is_one_line():
