@@ -5,12 +5,19 @@ import os
 import re
 import subprocess
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests import programs, tiny_flux
+from tests import programs, tiny_flux, toy
 
 SMALL = ("--prompts=2", "--pairs=3", "--replicates=3", "--tail_replicates=1")
+
+
+def gappy(images, prompts):
+    """No score for the brightest half."""
+    scores = np.array(toy.brightness(images, prompts))
+    return np.where(scores > np.median(scores), np.nan, scores)
 
 
 def analyze(*arguments):
@@ -98,6 +105,19 @@ def test_it_does_not_depend_on_the_devices(tmp_path, config):
             ]
             assert numbers[1] == pytest.approx(numbers[0], rel=1e-3)
             assert same["gradient"]["ratio"]["value"] == pytest.approx(step["gradient"]["ratio"]["value"], abs=1e-2)
+
+
+def test_scores_that_never_come_end_it(tmp_path):
+    done = analyze(
+        "--config=tests/toy.py",
+        "--config.rewards.train=('tests.test_analyze:gappy',)",
+        f"--out={tmp_path / 'out'}",
+        *SMALL,
+    )
+    assert done.returncode == 2
+    line = r"error: the reward 'tests.test_analyze:gappy' scored all but \d+ of \d+ images, expected finite numbers: .*"
+    assert re.fullmatch(line, done.stderr.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,8 @@ def _advantages(sampling: Sampling, replicate: Replicate) -> chex.Array:
     """`[P, K, G]`, by the credit of the config within the first of each pair; 0 for the others, which do not train."""
     train = sampling.job.config.rewards.train
     half = {name: replicate.scores[name][:, :, None, ::2] for name in train}
-    came = np.all([np.isfinite(values) for values in half.values()], axis=0)
-    values = {name: np.where(came, scores, 0).astype(np.float32) for name, scores in half.items()}
-    advantage = sampling.phases.credit(values, came, None)
+    came = np.ones_like(half[train[0]], bool)  # `judge` sees to that
+    advantage = sampling.phases.credit(half, came, None)
     return jnp.stack([advantage, jnp.zeros_like(advantage)], axis=-1).reshape(*advantage.shape[:2], -1)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.flow.solver import Solver
 from egrpo_jax.models.attention import recorded_entropy
 from egrpo_jax.parallel.fsdp import Layout
@@ -26,8 +27,6 @@ from egrpo_jax.training.scoring import hand_in, in_order, wait
 
 SMALL = 64
 """Most pixels of a side, for the spread of images."""
-Scored = dict[str, np.ndarray]
-"""Of each reward `[n, P, E, R, G]`; nan where a score never came."""
 
 
 class Replicate(NamedTuple):
@@ -121,12 +120,20 @@ def attention_along_anchor(sampling: Sampling, replicate: Replicate) -> np.ndarr
 
 
 def judge(job: Job, deal: Deal, images: jax.Array, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The scores of images in the order of a deal by every reward, `[P, E, R, G]`; nan where one never came."""
+    """The scores of images in the order of a deal by every reward, `[P, E, R, G]`.
+
+    Raises:
+      UserError: one never came.
+    """
     real, plan = deal.sample >= 0, job.plan
     shown = np.array(prompts, object)[np.maximum(deal.sample, 0) // plan.decodes]
     judged = wait(hand_in(job, images, shown, dict.fromkeys(job.rewards, real)), len(real))
+    for name, found in judged.scores.items():
+        if missing := int((real & ~found.came).sum()):
+            expected = "finite numbers: an analysis compares all samples of a group"
+            raise UserError(f"the reward {name!r} scored all but {missing} of {real.sum()} images, expected {expected}")
     shape = (len(prompts), len(plan.branches), len(plan.tail_solvers), plan.group_size)
-    return {name: in_order(found.with_nan(), deal, shape) for name, found in judged.scores.items()}
+    return {name: in_order(found.values, deal, shape) for name, found in judged.scores.items()}
 
 
 def _first_of_pairs(transitions: Transitions) -> Transitions:

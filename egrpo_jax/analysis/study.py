@@ -158,12 +158,6 @@ def count_work(form: Form, sizes: Sizes) -> int:
     return sizes.replicates + sizes.tail_replicates + len(form.plan.branches)
 
 
-def training_score(job: Job, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weighted sum of the training rewards."""
-    config = job.config.rewards
-    return np.sum([weight * scores[name] for name, weight in zip(config.train, config.weights, strict=True)], axis=0)
-
-
 def _step(
     job: Job,
     plan: ProbePlan,
@@ -203,7 +197,7 @@ def _floors(sampling: Sampling, replicate: Replicate, images: Sequence[jax.Array
     for name in sampling.job.config.rewards.train:
         whole, half = replicate.scores[name], replicate.scores[name][..., ::2]
         apart = [scores[name] - (whole if scores[name].shape == whole.shape else half) for scores in changed]
-        floors[name] = Floor(*(float(np.sqrt(np.nanmean(difference**2))) for difference in apart))
+        floors[name] = Floor(*(float(np.sqrt(np.mean(difference**2))) for difference in apart))
     return floors
 
 
@@ -217,16 +211,17 @@ def _tails(
 ) -> list[TailStudy]:
     """Cheaper tails, and full ones of other weights, of the first replicates."""
     solvers, job = cheaper_tails(sampling.job.config.plan, plan), sampling.job
+    total = job.config.rewards.total
     others = {"weights in bfloat16": in_bfloat16(sampling.params)} | ({} if stale is None else {"base weights": stale})
     cheaper, full = make_tails(job, tuple(solvers.values())), make_tails(job, (Euler(),))
     again: list[np.ndarray] = []
     for index in range(replicates):
         walked: list[tuple[Tails, Any]] = [(cheaper, sampling.params)] if solvers else []
         walked += [(full, params) for params in others.values()]
-        found = [training_score(job, walk_again(sampling, *each, index)) for each in walked]
+        found = [total(walk_again(sampling, *each, index)) for each in walked]
         again.append(np.concatenate(found, axis=2))
         done()
-    reference = training_score(job, scores)[:replicates, ..., ::2]
+    reference = total(scores)[:replicates, ..., ::2]
     lengths = [tail_steps(Euler(), plan.times, branch.stop) for branch in plan.branches]
     shares = [
         sum(tail_steps(solver, plan.times, branch.stop) for branch in plan.branches) / max(1, sum(lengths))

@@ -103,22 +103,6 @@ class AdaptivePlan(AnchorPlan):
         return bounded(noise * math.exp(np.log(base / noise).mean()))
 
 
-def spread_within(values: np.ndarray, came: np.ndarray) -> np.ndarray:
-    """The mean over groups of the std within each, of each step `[E]`; nan where no group has two scores.
-
-    Args:
-      values: `[P, E, R, G]`.
-      came: whether each did.
-    """
-    count = came.sum(-1, keepdims=True)
-    mean = np.sum(values, -1, keepdims=True, where=came) / np.maximum(count, 1)
-    squares = np.sum((values - mean) ** 2, -1, where=came)
-    several = count[..., 0] > 1
-    std = np.sqrt(squares / np.maximum(count[..., 0] - 1, 1))
-    groups = several.sum((0, 2))
-    return np.where(groups > 0, np.sum(std, (0, 2), where=several) / np.maximum(groups, 1), np.nan)
-
-
 def _anew(noise: np.ndarray) -> Memory:
     return Memory(_floats(noise), (0.0,) * len(noise), (0,) * len(noise), 0)
 

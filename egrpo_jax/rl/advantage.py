@@ -153,6 +153,11 @@ def running_advantage(reward: chex.Array, came: chex.Array, mean: chex.Array, st
     return jnp.where((above > 0) & (below > 0), sides, centred)
 
 
+def spread_within(values: chex.Array) -> chex.Array:
+    """The mean std within groups, `[E]`, of rewards `[P, E, R, G]`, of those groups that have all of theirs, no nan."""
+    return jnp.nanmean(jnp.std(values, -1, ddof=1), (0, 2))
+
+
 def zero_spread_share(rewards: chex.Array) -> chex.Array:
     """The share of groups `[..., G]` in which all rewards are equal: they teach nothing."""
     return _all_equal(rewards, (-1,)).mean()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import ml_collections
 
@@ -81,6 +82,10 @@ class RewardsConfig:
             expected = f"one of {', '.join(names)} if diversity is above 0, else None"
             raise ConfigError("diversity_by", self.diversity_by, expected)
         self._check_credit()
+
+    def total(self, values: Mapping[str, Any]) -> Any:
+        """The weighted sum of the training rewards, of an array of each by its name."""
+        return sum(weight * values[name] for name, weight in zip(self.train, self.weights, strict=True))
 
     def _check_credit(self) -> None:
         if self.clips and len(self.clips) != len(self.train):

@@ -14,8 +14,8 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.data.prompts import prompts_at
 from egrpo_jax.parallel import hosts
 from egrpo_jax.rewards import RewardError, Scores
-from egrpo_jax.rl.adaptive import AdaptivePlan, Memory, spread_within
-from egrpo_jax.rl.advantage import complete_groups
+from egrpo_jax.rl.adaptive import AdaptivePlan, Memory
+from egrpo_jax.rl.advantage import complete_groups, spread_within
 from egrpo_jax.rl.plan import Deal, Plan
 from egrpo_jax.rl.transitions import Transitions, prompt_keys
 from egrpo_jax.run.timing import PhaseTimer
@@ -103,10 +103,8 @@ def learnt(job: Job, memory: Memory, scores: Mapping[str, Scores]) -> Memory:
     """The memory of a plan whose noise adapts, after an iteration's scores."""
     assert isinstance(job.plan, AdaptivePlan)  # which alone has one
     config = job.config.rewards
-    came = np.all([scores[name].came for name in config.train], axis=0)
-    weighted = zip(config.train, config.weights, strict=True)
-    total = np.sum([weight * np.where(came, scores[name].values, 0) for name, weight in weighted], axis=0)
-    return job.plan.learn(memory, spread_within(total, came))
+    total = config.total({name: scores[name].with_nan() for name in config.train})
+    return job.plan.learn(memory, np.asarray(spread_within(total)))
 
 
 def of_seeds(plan: Plan, prompts: list[str], conditioning: Any) -> tuple[list[str], Any]:

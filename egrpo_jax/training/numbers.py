@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.rewards import Scores
-from egrpo_jax.rl.advantage import zero_spread_share
+from egrpo_jax.rl.advantage import spread_within, zero_spread_share
 from egrpo_jax.rl.optimizer import last_learning_rate
 from egrpo_jax.rl.plan import Plan
 from egrpo_jax.rl.update import TrainState, UpdateStats
@@ -42,8 +42,7 @@ def _spread(values: chex.Array, came: chex.Array) -> tuple[chex.Array, ...]:
     """Of scores `[P, E, R, G]` that came: mean, std, the share of groups without spread, the std within a group
     `[E]`."""
     shown = jnp.where(came, values, jnp.nan)
-    within = jnp.nanmean(jnp.std(shown, -1, ddof=1), (0, 2))
-    return jnp.nanmean(shown), jnp.nanstd(shown), zero_spread_share(shown), within
+    return jnp.nanmean(shown), jnp.nanstd(shown), zero_spread_share(shown), spread_within(shown)
 
 
 def update_numbers(advantage: chex.Array, stats: UpdateStats, state: TrainState) -> dict[str, float]:

@@ -70,9 +70,7 @@ def _judge(job: Job, sample: np.ndarray, images: jax.Array, prompts: Sequence[st
         mine = wait(part, len(sample))
     (judged,) = hosts.total([mine])
     found = np.full(len(prompts), np.nan)
-    weighted = zip(config.train, config.weights, strict=True)
-    own = [weight * np.where(judged.scores[n].came, judged.scores[n].values, np.nan) for n, weight in weighted]
-    found[sample[real]] = np.sum(own, axis=0)[real]
+    found[sample[real]] = config.total({name: judged.scores[name].with_nan() for name in config.train})[real]
     return found
 
 
@@ -83,7 +81,7 @@ def updated(running: Running | None, job: Job, scores: dict[str, Scores]) -> Run
     came = np.stack([scores[name].came for name in config.train]).all(0)
     if not came.any():
         return running
-    total = np.sum([w * scores[name].values for name, w in zip(config.train, config.weights, strict=True)], axis=0)
+    total = config.total({name: scores[name].values for name in config.train})
     now = Running(float(total[came].mean()), float(total[came].var()))
     if running is None:
         return now
