@@ -140,17 +140,19 @@ class QKV(nn.Module):
     head_dim: int
     dtype: Dtype
     param_dtype: Dtype
+    use_bias: bool = True
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def heads(name: str) -> chex.Array:
-            projected = Linear(self.num_heads * self.head_dim, name=name, **common)(x)
+            projected = Linear(self.num_heads * self.head_dim, self.use_bias, name=name, **common)(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
 
         def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=1e-6, name=name, **common)
+            return nn.RMSNorm(epsilon=self.epsilon, name=name, **common)
 
         return norm("norm_q")(heads("to_q")), norm("norm_k")(heads("to_k")), heads("to_v")
 

@@ -67,12 +67,14 @@ def entry(name: str, *paths: str, form: Form = AS_IS) -> Entry:
     return Entry(name, tuple(Leaf(path) for path in paths), form)
 
 
+def kernel(name: str, *paths: str) -> Layout:
+    """Weight of the linear layer `name`, which has no bias, that holds our layers at `paths`, by output rows."""
+    return (entry(f"{name}.weight", *(f"{path}/kernel" for path in paths), form=LINEAR),)
+
+
 def linear(name: str, *paths: str) -> Layout:
     """Weight and bias of the linear layer `name` that holds our layers at `paths`, by output rows."""
-    return (
-        entry(f"{name}.weight", *(f"{path}/kernel" for path in paths), form=LINEAR),
-        entry(f"{name}.bias", *(f"{path}/bias" for path in paths)),
-    )
+    return (*kernel(name, *paths), entry(f"{name}.bias", *(f"{path}/bias" for path in paths)))
 
 
 def norm(name: str, path: str) -> Layout:
@@ -80,10 +82,10 @@ def norm(name: str, path: str) -> Layout:
     return entry(f"{name}.weight", f"{path}/scale"), entry(f"{name}.bias", f"{path}/bias")
 
 
-def for_layers(count: int, entries: Iterable[Entry]) -> Layout:
-    """`entries` for each of `count` layers of a stack: '{}' in a name becomes the layer's number."""
+def for_layers(count: int, entries: Iterable[Entry], first: int = 0) -> Layout:
+    """`entries` for each of `count` layers of a stack: '{}' in a name becomes the layer's number, from `first` on."""
     return tuple(
-        Entry(e.name.format(layer), tuple(Leaf(leaf.path, layer) for leaf in e.leaves), e.form)
+        Entry(e.name.format(first + layer), tuple(Leaf(leaf.path, layer) for leaf in e.leaves), e.form)
         for e in entries
         for layer in range(count)
     )
