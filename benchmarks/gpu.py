@@ -53,7 +53,7 @@ from egrpo_jax.common.trees import combine
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import LoraConfig
 from egrpo_jax.parallel.mesh import MeshConfig, compiled, make_mesh
-from egrpo_jax.pipelines.flux import FLOW_GRPO
+from egrpo_jax.pipelines.families import FLUX
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.deal import deal_tails
 from egrpo_jax.rl.learner import LearnerConfig
@@ -77,13 +77,16 @@ HEADING = "## On a GPU"
 NOT_YET = "Nothing has been measured on a GPU yet.\n"
 
 
+LORA = LoraConfig(FLUX.presets["flow_grpo"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A model, the plan of an iteration with it, the adapters, and the side of the matrix product to compare with."""
 
     shape: Shape
     plan: EGrpo
-    lora: LoraConfig = FLOW_GRPO
+    lora: LoraConfig = LORA
     matmul: int = 8192
 
 
@@ -94,7 +97,7 @@ MINIATURE = Size(
             in_channels=16, num_double_blocks=1, num_single_blocks=2, num_heads=2, head_dim=16, text_dim=24,
             pooled_dim=20, axes_dims=(4, 6, 6),
         ), (4, 4), 5,
-    ), EGrpo(num_steps=4, group_size=3), dataclasses.replace(FLOW_GRPO, rank=2), matmul=64,
+    ), EGrpo(num_steps=4, group_size=3), dataclasses.replace(LORA, rank=2), matmul=64,
 )  # fmt: skip
 
 

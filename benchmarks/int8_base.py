@@ -3,7 +3,7 @@
     python -m benchmarks.int8_base
 
 Not of FLUX.1 itself: the embedded emoji model is FLUX's transformer, small, and its weights are trained. The kernels of
-its blocks are stored as `model.flux.int8_base` stores them. From the same noise all is held against the model in
+its blocks are stored as `model.published.int8_base` stores them. From the same noise all is held against the model in
 float32: velocities at the latents of its anchors, images at the anchors' ends, and a rollout of configs/emoji.py, whose
 groups are ranked by the reward that it trains on. Prints a table in Markdown.
 """
@@ -28,7 +28,7 @@ from egrpo_jax.models.flux import Flux
 from egrpo_jax.models.int8 import Int8, int8_kernels, quantise
 from egrpo_jax.parallel.mesh import EXACT, MeshConfig, make_mesh
 from egrpo_jax.pipelines import load_pipeline
-from egrpo_jax.pipelines.flux.loading import INT8
+from egrpo_jax.pipelines.families import FLUX
 from egrpo_jax.rewards import load_reward
 from egrpo_jax.rl.deal import deal_tails
 from egrpo_jax.rl.rollout import roll_out
@@ -73,7 +73,9 @@ def velocity_in(dtype: Any) -> VelocityFn:
 def in_int8(params: Any) -> Any:
     """`params` with the kernels of their blocks in int8."""
     stored = lambda like, leaf: quantise(leaf) if isinstance(like, Int8) else leaf
-    return jax.tree.map(stored, int8_kernels(FLOW.params, INT8), params, is_leaf=lambda each: isinstance(each, Int8))
+    return jax.tree.map(
+        stored, int8_kernels(FLOW.params, FLUX.blocks), params, is_leaf=lambda each: isinstance(each, Int8)
+    )
 
 
 def inputs(prompts: list[str], params: Any) -> Inputs:

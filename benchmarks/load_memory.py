@@ -25,7 +25,7 @@ import numpy as np
 from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.parallel.rules import with_shardings
-from egrpo_jax.pipelines.flux.rules import FLUX_RULES
+from egrpo_jax.pipelines.families import FLUX
 from egrpo_jax.weights.export import export_folder
 from egrpo_jax.weights.files import open_tensors
 from egrpo_jax.weights.layout import published_shapes
@@ -67,7 +67,7 @@ def peak_memory() -> int:
 def measure(config: FluxConfig, fmt: Any, folder: Path) -> dict[str, float]:
     """Loads `folder` and says what it took, in bytes and seconds."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    wanted = with_shardings(mesh, FLUX_RULES, {"flow": template(config)})["flow"]
+    wanted = with_shardings(mesh, FLUX.rules, {"flow": template(config)})["flow"]
     files = open_tensors(folder)
     jnp.zeros(1).block_until_ready()
     before, start = peak_memory(), time.monotonic()

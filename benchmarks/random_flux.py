@@ -17,8 +17,7 @@ from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops, position_ids
 from egrpo_jax.models.layers import Remat
 from egrpo_jax.models.lora import COLLECTION, LoraConfig, apply_lora, init_lora
 from egrpo_jax.pipelines import Pipeline
-from egrpo_jax.pipelines.flux.loading import transformer_shapes
-from egrpo_jax.pipelines.flux.rules import FLUX_RULES
+from egrpo_jax.pipelines.families import FLUX
 from egrpo_jax.rewards import CheckedReward
 from egrpo_jax.rl.optimizer import make_optimizer
 from egrpo_jax.rl.update import init_state
@@ -42,7 +41,7 @@ REWARD = "brightness"
 
 def random_params(config: FluxConfig, dtype: Any) -> Params:
     """Weights that keep activations of order one, made on the device, so that 12 billion never lie in host memory."""
-    leaves, tree = jax.tree.flatten(transformer_shapes(config))
+    leaves, tree = jax.tree.flatten(FLUX.shapes(config))
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))  # compiles sooner than the default
     return jax.tree.unflatten(tree, [_draw(key, leaf.shape, dtype) for key, leaf in zip(keys, leaves, strict=True)])
 
@@ -114,7 +113,7 @@ def random_pipeline(
 ) -> Pipeline:
     """A pipeline as that of FLUX.1, with random weights and text; its decoder only squashes three channels."""
     model = Flux(shape.config, jnp.dtype(dtype), remat=remat)
-    flow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), transformer_shapes(shape.config))
+    flow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), FLUX.shapes(shape.config))
 
     def velocity(params: Any, latents: chex.Array, time: chex.Array, conditioning: Any) -> chex.Array:
         inputs = {"latents": latents, "time": time, **conditioning, "guidance": jnp.full(time.shape, GUIDANCE)}
@@ -134,7 +133,7 @@ def random_pipeline(
         encode=lambda prompts: shape.conditioning(len(prompts)),
         decode=lambda _, latents: jax.nn.sigmoid(latents[..., :3]).reshape(-1, *shape.grid, 3),
         latents_shape=shape.latents,
-        rules=FLUX_RULES,
+        rules=FLUX.rules,
         dtype=jnp.dtype(dtype),
         trainable="^flow/" if lora is None else f"^{COLLECTION}/",
         forward_flops=shape.flops,

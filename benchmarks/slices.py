@@ -22,7 +22,7 @@ from egrpo_jax import cli
 from egrpo_jax.figures.plots import new_figure, save_figure
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.pipelines.published import FLOW_GRPO, PublishedOptions
 from egrpo_jax.planning.cost import phase_cost
 from egrpo_jax.planning.devices import GIB, slice_devices
 from egrpo_jax.planning.phases import sketch_job
@@ -64,11 +64,11 @@ ONE = flags.DEFINE_string("one", None, "slice/kind/phase: compile this here, and
 def config(kind: str, generation: str, chips: int) -> TrainConfig:
     """The run on `chips` chips of a `generation`."""
     lora, offload = FLOW_GRPO if kind in ("lora", "int8") else None, kind == "offload"
-    options = FluxOptions(embeddings="made before", lora=lora, int8_base=kind == "int8")
+    options = PublishedOptions(embeddings="made before", lora=lora, int8_base=kind == "int8")
     return TrainConfig(
         prompts_per_iteration=2 * chips,
         tails_per_device=TAILS,
-        model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
+        model=ModelConfig("published", "black-forest-labs/FLUX.1-dev", options),
         rewards=RewardsConfig(train=("hpsv2.1",)),
         scorers=ScorersConfig(offload=offload),
         optim=OptimConfig(offload=offload),

@@ -5,7 +5,7 @@
 
 What the paper does not state is the reference code's: 720x720 pixels, 12 samples a group, clip range 1e-4. Prompts are
 a file of your own, by default `hpd_train.txt`; `python -m egrpo_jax.encode` makes their embeddings once, so that no
-text encoder is loaded: --config.model.flux.embeddings=FOLDER.
+text encoder is loaded: --config.model.published.embeddings=FOLDER.
 
 Hardware: 4 TPU v5p, 8 TPU v6e, or 8 GPUs of 80 GB. Memory on each of D: weights and two moments in float32 are 143 GB
 / D; an update needs gradients, 48 GB / D, the working copy in bfloat16, 24 GB / D, and about 3 GB of activations beside
@@ -21,7 +21,7 @@ import ml_collections
 
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxOptions
+from egrpo_jax.pipelines.published import PublishedOptions
 from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.training.config import EvaluationConfig, RewardsConfig, TrainConfig, train_config
 
@@ -34,7 +34,7 @@ FLUX = TrainConfig(
     prompts="hpd_train.txt",
     prompts_per_iteration=8,
     tails_per_device=12,
-    model=ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", flux=FluxOptions()),
+    model=ModelConfig(name="published", path="black-forest-labs/FLUX.1-dev", published=PublishedOptions()),
     learner=LearnerConfig(micro_batch=1),
     evaluation=EvaluationConfig(prompts="hpd_test.txt", every=50, batch=8),
     mesh=MeshConfig(data=1, fsdp=-1),

@@ -12,7 +12,7 @@ about 30 s an iteration on one accelerator of 989 TFLOP/s at 40 %. Neither has b
 import ml_collections
 
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.pipelines.published import FLOW_GRPO, PublishedOptions
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
@@ -25,9 +25,9 @@ FLUX_SCHNELL = TrainConfig(
     prompts_per_iteration=4,
     tails_per_device=12,
     model=ModelConfig(
-        name="flux",
+        name="published",
         path="black-forest-labs/FLUX.1-schnell",
-        flux=FluxOptions(height=512, width=512, text_tokens=256, lora=FLOW_GRPO),
+        published=PublishedOptions(height=512, width=512, text_tokens=256, lora=FLOW_GRPO),
     ),
     rewards=RewardsConfig(train=("hpsv2.1",), heldout=("clip_score", "pickscore")),
     plan=EGrpo(num_steps=8, tail_strides=(2,)),

@@ -37,7 +37,7 @@ overridden on the command line:
 | several numbers | `--config.plan.active_steps=0,2,4` |
 | several texts | `--config.rewards.heldout=emoji_judge --config.rewards.heldout=emoji_judge_r1` |
 | `None`, where the type has it | `--config.plan.entropy_threshold=None --config.plan.merges=1,1,1,1` |
-| a section that may be missing | `--config.model.flux.lora="{'rank': 8}"`, `--config.model.flux.lora=None` |
+| a section that may be missing | `--config.model.published.lora="{'rank': 8}"`, `--config.model.published.lora=None` |
 | another algorithm | `--config.plan="{'algorithm': 'mix_grpo', 'num_steps': 8}"`; what it does not say is the default |
 | sections by name | `--config.scorers.remote="{'judge': {'url': 'http://host:8000'}}"` |
 

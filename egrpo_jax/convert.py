@@ -8,7 +8,7 @@ FLUX.1 go to
   diffusers  a transformer folder: config.json and safetensors, adapters merged into the weights;
   pipeline   a whole pipeline folder: that transformer, all else linked or copied (--rest) from the base;
   peft       the adapters alone, as `FluxPipeline.load_lora_weights` takes them;
-  orbax      the transformer as an Orbax checkpoint, for --config.model.flux.transformer.
+  orbax      the transformer as an Orbax checkpoint, for --config.model.published.transformer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m egrpo_jax.encode --config configs/flux_lora.py --prompt_file prompts.txt --out embeddings
 
-Then `--config.model.flux.embeddings=embeddings` trains and samples without the text encoders. Each prompt is encoded
-once; a job that was interrupted goes on where it was, and prompts can be added later, by one job at a time.
+Then `--config.model.published.embeddings=embeddings` trains and samples without the text encoders. Each prompt is
+encoded once; a job that was interrupted goes on where it was, and prompts can be added later, by one job at a time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
         return {name: np.asarray(array) for name, array in encoder(part)._asdict().items()}
 
     with owned(OUT.value, "the folder of embeddings"), jax.set_mesh(make_mesh(config.mesh)):
+        prompts = [*encoder.always, *prompts]
         made = write_embeddings(OUT.value, prompts, encode, encoder.settings, BATCH.value, SHARD_SIZE.value)
     print(f"{made} prompts encoded, {len(set(prompts)) - made} were there already: {OUT.value}")
 

@@ -77,7 +77,7 @@ def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
     assert described["steps"] == 3
     assert described["seed"] == 0
     np.testing.assert_allclose(described["shift"], 1.5799, atol=1e-4)  # 4 tokens: below FLUX.1's 256
-    assert described["model"]["flux"]["guidance"] == 3.5
+    assert described["model"]["published"]["guidance"] == 3.5
     assert (tmp_path / "a" / "grid.png").is_file()
 
 
@@ -88,7 +88,7 @@ def test_all_weights_are_trained_and_given_back(base, base_images, tmp_path):
     assert apart(expected, base_images) > 1
 
     run("convert", base, f"--workdir={workdir}", "--to=orbax", f"--out={tmp_path / 'orbax'}", "--dtype=float32")
-    again = sampled(base, tmp_path / "orbax_images", None, f"--config.model.flux.transformer={tmp_path / 'orbax'}")
+    again = sampled(base, tmp_path / "orbax_images", None, f"--config.model.published.transformer={tmp_path / 'orbax'}")
     assert apart(again, expected) <= 1
     whole = tmp_path / "whole"
     run("convert", base, f"--workdir={workdir}", "--to=pipeline", f"--out={whole}", "--dtype=float32")
@@ -104,7 +104,7 @@ def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, base_ima
     assert "0 prompts encoded, 2 were there already" in run("encode", base, *encoded)
     without_text = tmp_path / "without_text"
     shutil.copytree(base, without_text, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
-    stored = f"--config.model.flux.embeddings={tmp_path / 'embeddings'}"
+    stored = f"--config.model.published.embeddings={tmp_path / 'embeddings'}"
 
     lora = f"{without_text},lora"
     workdir = trained(base, tmp_path / "run", lora, stored)
@@ -115,11 +115,11 @@ def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, base_ima
 
     run("convert", lora, stored, f"--workdir={workdir}", "--to=peft", f"--out={tmp_path / 'adapters'}")
     file = tmp_path / "adapters" / "pytorch_lora_weights.safetensors"
-    again = sampled(base, tmp_path / "peft_images", f"{base},lora", f"--config.model.flux.lora_weights={file}")
+    again = sampled(base, tmp_path / "peft_images", f"{base},lora", f"--config.model.published.lora_weights={file}")
     assert apart(again, expected) <= 1
     merged = tmp_path / "merged"
     run("convert", lora, stored, f"--workdir={workdir}", "--to=diffusers", f"--out={merged}", "--dtype=float32")
-    again = sampled(base, tmp_path / "merged_images", None, f"--config.model.flux.transformer={merged}")
+    again = sampled(base, tmp_path / "merged_images", None, f"--config.model.published.transformer={merged}")
     assert apart(again, expected) <= 1
 
 

@@ -13,8 +13,9 @@ from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
-from egrpo_jax.pipelines.flux.loading import decoder_shapes, transformer_shapes
+from egrpo_jax.pipelines.families import FLUX
+from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
+from egrpo_jax.pipelines.published.loading import decoder_shapes
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.rl.optimizer import OptimConfig
@@ -81,13 +82,13 @@ def get_config(folder):
             num_iterations=2,
             prompts_per_iteration=2,
             model=ModelConfig(
-                name="flux",
+                name="published",
                 path=path,
-                flux=FluxOptions(
+                published=PublishedOptions(
                     height=SIZE,
                     width=SIZE,
                     text_tokens=TEXT_TOKENS,
-                    lora=FluxLora(rank=2, alpha=4.0) if int8 or "lora" in variants else None,
+                    lora=LoraOptions(rank=2, alpha=4.0) if int8 or "lora" in variants else None,
                     int8_base=int8,
                     dtype="bfloat16" if still else "float32",
                     decode_batch=3,
@@ -120,7 +121,7 @@ def write_pipeline(folder, guidance=True):
         folder / "transformer",
         "diffusion_pytorch_model",
         config_to_diffusers(config),
-        published_shapes(flux_layout(config, "diffusers"), transformer_shapes(config)),
+        published_shapes(flux_layout(config, "diffusers"), FLUX.shapes(config)),
     )
     vae = published_shapes(vae_layout(VAE, "diffusers"), decoder_shapes(VAE)) | encoder_shapes(VAE)
     write_model(folder / "vae", "diffusion_pytorch_model", vae_json(), vae)

@@ -10,7 +10,7 @@ configs/flux_egrpo.py, and of configs/flux_lora.py; no time has been measured.
 
 import ml_collections
 
-from egrpo_jax.pipelines.flux import DANCE_GRPO
+from egrpo_jax.pipelines.published import DANCE_GRPO
 from egrpo_jax.rl.algorithms.dance_grpo import DanceGrpo
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig

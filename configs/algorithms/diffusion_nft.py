@@ -10,7 +10,7 @@ time has been measured.
 
 import ml_collections
 
-from egrpo_jax.pipelines.flux import FLOW_GRPO
+from egrpo_jax.pipelines.published import FLOW_GRPO
 from egrpo_jax.rl.algorithms.diffusion_nft import DiffusionNft
 from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig

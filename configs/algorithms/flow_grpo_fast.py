@@ -10,7 +10,7 @@ of configs/flux_lora.py for each prompt that is rolled out at once; no time has 
 
 import ml_collections
 
-from egrpo_jax.pipelines.flux import FLOW_GRPO
+from egrpo_jax.pipelines.published import FLOW_GRPO
 from egrpo_jax.rl.algorithms.flow_grpo_fast import FlowGrpoFast
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig

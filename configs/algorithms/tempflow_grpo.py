@@ -12,7 +12,7 @@ import dataclasses
 
 import ml_collections
 
-from egrpo_jax.pipelines.flux import FLOW_GRPO
+from egrpo_jax.pipelines.published import FLOW_GRPO
 from egrpo_jax.rl.algorithms.tempflow_grpo import TempFlowGrpo
 from egrpo_jax.rl.update import LearnerConfig
 from egrpo_jax.training.config import RewardsConfig

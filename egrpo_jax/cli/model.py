@@ -17,10 +17,10 @@ from egrpo_jax.training.config import TrainConfig
 
 _WEIGHTS = re.compile(r"model\..*|learner\.ema_decay")
 """Keys that decide what the weights of a run mean."""
-_PLACES = re.compile(r"model\.(path|flux\.transformer)")
+_PLACES = re.compile(r"model\.(path|published\.transformer)")
 """Those of them where a difference may be a folder that was moved."""
 _FREE = re.compile(
-    r"model\.flux\.(height|width|guidance|text_tokens|embeddings|offload_encoders|lora_weights|int8_base|dtype|param_dtype|decode_\w+|remat|attention)"
+    r"model\.published\.(height|width|guidance|negative|text_tokens|embeddings|offload_encoders|lora_weights|int8_base|dtype|param_dtype|decode_\w+|remat|attention)"
 )
 """Those of them that say how the weights are used, or from where they started."""
 

@@ -107,14 +107,14 @@ class SamplingFlags:
         most = self._batch.value or config.evaluation.batch
         batch = math.ceil(num_prompts / math.ceil(num_prompts / most))  # as even as can be: little is filled up
         steps, solver = self._steps.value or config.plan.num_steps, self._solver.value or config.evaluation.solver
-        return Sampling(batch, steps, self._shift(config, pipeline), solver)
+        return Sampling(batch, steps, self._shift(config, pipeline, steps), solver)
 
-    def _shift(self, config: TrainConfig, pipeline: Pipeline) -> float:
+    def _shift(self, config: TrainConfig, pipeline: Pipeline, steps: int) -> float:
         if self.grid == "training":
             return config.plan.shift
         if pipeline.sampling_shift is None:
             raise UserError(f"--grid=pipeline: the model {config.model.name!r} has no grid of its own; use training")
-        return pipeline.sampling_shift
+        return pipeline.sampling_shift(steps)
 
 
 def _checked(prompt: str) -> str:

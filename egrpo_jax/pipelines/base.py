@@ -45,7 +45,7 @@ class Pipeline:
       forward_flops: floating-point operations of one sample's velocity, where known.
       decode_flops: those of decoding it, where known.
       training_flops: those of its forward and backward pass, with what is computed again, where known.
-      sampling_shift: shift of the time grid on which the published model samples, where it has one of its own.
+      sampling_shift: shift of the time grid on which the published model samples in so many steps, where it has one.
       known_prompts: all that `encode` takes; None if it takes any.
       about: what else its images depend on, as JSON values, for the record of an evaluation.
     """
@@ -64,7 +64,7 @@ class Pipeline:
     forward_flops: float | None = None
     decode_flops: float | None = None
     training_flops: float | None = None
-    sampling_shift: float | None = None
+    sampling_shift: Callable[[int], float] | None = None
     known_prompts: Container[str] | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -134,6 +134,10 @@ class PromptEncoder(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """The settings that determine the embeddings, as JSON values."""
 
+    @property
+    def always(self) -> Sequence[str]:
+        """Prompts whose embeddings the model needs beside those that are asked for."""
+
     def __call__(self, prompts: Sequence[str], /) -> Any:
         """The conditioning of B prompts: a NamedTuple of arrays with leading axis B."""
 
@@ -160,8 +164,8 @@ Writer = Callable[[Any], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of published models, by the name that the config gives it in `model.name`.
+class Source:
+    """A place that models come from, by the name that the config gives it in `model.name`.
 
     Its functions take `model.path` and the options in the section of its name, None where it has none; they raise
     `ConfigError` with keys of that section, and read no weights.

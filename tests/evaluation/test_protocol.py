@@ -38,8 +38,8 @@ def test_what_was_trained_on_is_what_the_run_says(tmp_path):
 
 def test_a_model_is_described_by_what_it_has():
     about = {"guidance": 4.5, "lora_weights": None}
-    described = protocol.describe_model(ModelConfig("flux", path="org/model"), SimpleNamespace(about=about))
-    assert described == {"name": "flux", "path": "org/model", "guidance": 4.5}
+    described = protocol.describe_model(ModelConfig("published", path="org/model"), SimpleNamespace(about=about))
+    assert described == {"name": "published", "path": "org/model", "guidance": 4.5}
 
 
 def test_rewards_are_described_without_secrets():

@@ -27,7 +27,10 @@ from egrpo_jax.models.lora import (
     lora_interceptor,
     merge_lora,
 )
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora
+from egrpo_jax.pipelines import published
+from egrpo_jax.pipelines.families import FLUX
+
+FLOW_GRPO, DANCE_GRPO = (options.adapters(FLUX.presets) for options in (published.FLOW_GRPO, published.DANCE_GRPO))
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = FluxConfig(
@@ -137,7 +140,7 @@ def test_parameters_of_the_base_stay_where_they_are():
 
 def test_fresh_adapters_are_gaussian_and_change_nothing():
     params = random_params()
-    lora = init_lora(jax.random.key(3), params, FluxLora(rank=16))
+    lora = init_lora(jax.random.key(3), params, LoraConfig(FLOW_GRPO.targets, rank=16))
     for path, leaf in flatten_dict(lora, sep="/").items():
         chex.assert_type(leaf, jnp.float32)
         if path.endswith("/b"):
@@ -174,7 +177,7 @@ def test_one_layer_against_the_formula(layer, dtype):
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("config", [EVERYWHERE, FluxLora(rank=4, alpha=6)])
+@pytest.mark.parametrize("config", [EVERYWHERE, LoraConfig(FLOW_GRPO.targets, rank=4, alpha=6)])
 def test_merged_weights_compute_the_same(config):
     params = random_params()
     lora = random_lora(params, config)
@@ -252,7 +255,7 @@ def kernel_shaped_products(function, argument, params):
 
 def test_the_base_gets_no_gradient_and_no_memory_for_one():
     params = random_params()
-    config = FluxLora(rank=3, alpha=3)
+    config = LoraConfig(FLOW_GRPO.targets, rank=3, alpha=3)
     lora = random_lora(params, config)
     assert len(kernel_shaped_products(jax.grad(lambda params: loss(params, lora, 1.0)), params, params)) > 20
     assert not kernel_shaped_products(jax.grad(lambda lora: loss(params, lora, 1.0)), lora, params)
@@ -327,7 +330,7 @@ def test_an_interceptor_survives_a_failed_call():
 )
 def test_wrong_configs_name_the_key(changes, message):
     with pytest.raises(ConfigError, match=message):
-        FluxLora(**changes)
+        LoraConfig(**{"targets": ("image_out",)} | changes)
 
 
 def test_a_target_that_fits_no_layer_is_named():

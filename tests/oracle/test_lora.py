@@ -15,13 +15,15 @@ peft = pytest.importorskip("peft")
 
 from egrpo_jax.models.flux import Flux, FluxConfig  # noqa: E402
 from egrpo_jax.models.lora import LoraConfig, adapted_layers, apply_lora, init_lora  # noqa: E402
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora  # noqa: E402
-from egrpo_jax.pipelines.flux.loading import transformer_shapes  # noqa: E402
+from egrpo_jax.pipelines import published  # noqa: E402
+from egrpo_jax.pipelines.families import FLUX  # noqa: E402
 from egrpo_jax.weights.layout import published_shapes  # noqa: E402
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora  # noqa: E402
 from egrpo_jax.weights.published.flux import flux_layout  # noqa: E402
 from tests.layouts import import_tensors  # noqa: E402
 from tests.oracle.flux import CASES, cotangent, inputs, published_model, published_velocity  # noqa: E402
+
+FLOW_GRPO, DANCE_GRPO = (options.adapters(FLUX.presets) for options in (published.FLOW_GRPO, published.DANCE_GRPO))
 
 CASE = CASES["dev"]
 MODEL = Flux(CASE.config)
@@ -194,7 +196,7 @@ def test_the_joined_layer_of_single_blocks(tmp_path, apart):
         f"{key}.lora_up.weight": up,
     }
     safetensors.numpy.save_file(tensors, tmp_path / FILE_NAME)
-    lora = load_lora(tmp_path, 1.0, layout + flux_layout(sizes, "bfl"), transformer_shapes(sizes))
+    lora = load_lora(tmp_path, 1.0, layout + flux_layout(sizes, "bfl"), FLUX.shapes(sizes))
     ours = export_lora(lora, 1.0, layout)
     theirs = diffusers.FluxPipeline.lora_state_dict(tmp_path)
     assert {name for name in ours if "_blocks.37." in name} == theirs.keys()
@@ -204,7 +206,7 @@ def test_the_joined_layer_of_single_blocks(tmp_path, apart):
 
 def with_factors(tensors):
     """Adapters of Flow-GRPO's layers with the A and B of `tensors`, without any scale in them."""
-    lora = random_lora(FluxLora(rank=4))
+    lora = random_lora(LoraConfig(FLOW_GRPO.targets, rank=4))
     flat = flatten_dict(lora, sep="/")
     for e in LAYOUT:
         path, module = e.leaves[0].path.removesuffix("/kernel"), f"transformer.{e.name.removesuffix('.weight')}"

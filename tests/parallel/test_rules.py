@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from egrpo_jax.parallel.rules import sharding, shardings
-from egrpo_jax.pipelines.flux.rules import FLUX_RULES
+from egrpo_jax.pipelines.families import FLUX
 
 MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
 
@@ -29,7 +29,7 @@ MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
     ],
 )
 def test_parameters_of_the_transformer(path, shape, expected):
-    assert sharding(MESH, FLUX_RULES, path, shape).spec == PartitionSpec(*expected)
+    assert sharding(MESH, FLUX.rules, path, shape).spec == PartitionSpec(*expected)
 
 
 def test_no_rules_mean_replication():
@@ -39,4 +39,4 @@ def test_no_rules_mean_replication():
 
 def test_a_rule_for_more_axes_than_there_are():
     with pytest.raises(ValueError, match="fewer axes"):
-        sharding(MESH, FLUX_RULES, "flow/x/kernel", (4,))
+        sharding(MESH, FLUX.rules, "flow/x/kernel", (4,))

@@ -19,7 +19,7 @@ from egrpo_jax.evaluation.sampler import Sampler
 from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import Export, ModelConfig, load_pipeline, load_writer
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora, FluxOptions
+from egrpo_jax.pipelines.published import DANCE_GRPO, FLOW_GRPO, LoraOptions, PublishedOptions
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.weights.lora import save_lora
 from egrpo_jax.weights.published.flux import flux_layout
@@ -28,7 +28,7 @@ from tests.oracle.pipeline import GOLDEN, PROMPTS, STEPS
 from tests.pipelines.test_base import Arrays, num_bytes
 
 MESH = make_mesh(MeshConfig())
-OPTIONS = FluxOptions(height=32, width=32, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32")
+OPTIONS = PublishedOptions(height=32, width=32, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def broken(base, tmp_path):
 
 
 def load(folder, **changes):
-    options = FluxOptions(**{**vars(OPTIONS), **changes})
-    return load_pipeline(ModelConfig("flux", str(folder), options))
+    options = PublishedOptions(**{**vars(OPTIONS), **changes})
+    return load_pipeline(ModelConfig("published", str(folder), options))
 
 
 def sample(pipeline):
     with jax.set_mesh(MESH):
-        times = shifted_times(STEPS, pipeline.sampling_shift)
+        times = shifted_times(STEPS, pipeline.sampling_shift(STEPS))
         ((_, images),) = Sampler(pipeline, times, len(PROMPTS))(pipeline.load(MESH), PROMPTS, jax.random.key(0))
         return images
 
@@ -69,7 +69,7 @@ def test_what_is_trained_and_how_it_is_stored(base):
     params = full.load(MESH)
     assert params["flow"]["final"]["kernel"].dtype == np.float32
     assert params["vae"].keys() == {"decoder"}
-    adapters = load(base, dtype="bfloat16", lora=FluxLora(rank=2))
+    adapters = load(base, dtype="bfloat16", lora=LoraOptions(rank=2))
     assert adapters.load(MESH)["flow"]["final"]["kernel"].dtype == jax.numpy.bfloat16
     assert (full.trainable, adapters.trainable) == ("^flow/", "^lora/")
 
@@ -81,7 +81,7 @@ def test_adapters_are_found_by_either_name(base, tmp_path, module):
     rows = 3 * 32 if "qkv" in module else 32
     tensors = {f"{module}.lora_down.weight": np.ones((4, 32)), f"{module}.lora_up.weight": np.ones((rows, 4))}
     save_file(tensors, tmp_path / "x.safetensors")
-    lora = load(base, lora=FluxLora(rank=2), lora_weights=str(tmp_path / "x.safetensors")).load(MESH)["lora"]
+    lora = load(base, lora=LoraOptions(rank=2), lora_weights=str(tmp_path / "x.safetensors")).load(MESH)["lora"]
     assert lora["double_blocks"]["image_qkv"]["to_q"]["a"].shape == (2, 32, 4)  # the file's rank
     assert len(lora["double_blocks"]["image_qkv"]) == rows // 32
 
@@ -160,9 +160,9 @@ DAMAGE = {
         lambda folder: change_tensors(folder / WEIGHTS, an_integer),
         r"1 not floating-point \(x_embedder\.bias int32\)",
     ),
-    "sd3": (
-        lambda folder: change_json(folder / "transformer/config.json", _class_name="SD3Transformer2DModel"),
-        r"config\.json is of a SD3Transformer2DModel; must be of a FluxTransformer2DModel",
+    "another class": (
+        lambda folder: change_json(folder / "transformer/config.json", _class_name="SD2Transformer2DModel"),
+        r"config\.json: _class_name is \"SD2Transformer2DModel\"; must be FluxTransformer2DModel",
     ),
     "unknown key": (
         lambda folder: change_json(folder / "transformer/config.json", flash_heads=3),
@@ -210,24 +210,23 @@ def test_damaged_text_encoders_come_out_before_anything_is_encoded(broken):
 )
 def test_wrong_options(changes, message):
     with pytest.raises(ConfigError, match=message):
-        FluxOptions(**changes)
+        PublishedOptions(**changes)
 
 
 def test_things_that_are_not_there(base):
-    with pytest.raises(UserError, match=r"config\.model\.flux\.transformer: found 'nowhere'"):
+    with pytest.raises(UserError, match=r"config\.model\.published\.transformer: found 'nowhere'"):
         load(base, transformer="nowhere")
     with pytest.raises(UserError, match="nowhere does not exist"):
         load("nowhere")
     with pytest.raises(UserError, match=r"settings\.json: .*expected a folder of embeddings"):
         load(base, embeddings="nowhere")
     for backend, device in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
-        message = (
-            rf"config\.model\.flux\.attention: found '{backend}', expected 'auto' or 'xla', or for '{backend}' {device}"
-        )
+        found = rf"config\.model\.published\.attention: found '{backend}'"
+        message = rf"{found}, expected 'auto' or 'xla', or for '{backend}' {device}"
         with pytest.raises(ConfigError, match=message):
             load(base, attention=backend)
     with pytest.raises(ConfigError, match=r"config\.model\.path: found None"):
-        load_pipeline(ModelConfig("flux"))
+        load_pipeline(ModelConfig("published"))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +244,8 @@ def test_the_configs_of_flux(config, rewards):
     read = from_config_dict(TrainConfig, config)
     assert set(read.rewards.train) == rewards
     assert not rewards & set(read.rewards.heldout)
-    assert read.model.name == "flux"
-    assert (read.model.flux.lora is None) == read.name.startswith("flux_egrpo")
+    assert read.model.name == "published"
+    assert (read.model.published.lora is None) == read.name.startswith("flux_egrpo")
 
 
 def test_unknown_rewards_of_the_paper():
@@ -254,7 +253,7 @@ def test_unknown_rewards_of_the_paper():
         flux_egrpo.get_config("hps,x")
 
 
-@pytest.mark.parametrize("lora", [None, FluxLora(rank=2)])
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)])
 def test_parameters_are_held_once_and_as_promised(base, lora):
     pipeline = load(base, dtype="bfloat16", lora=lora)
     with Arrays() as arrays:
@@ -268,7 +267,7 @@ def test_a_description_needs_no_weights(broken):
     for file in broken.rglob("*.safetensors"):
         file.unlink()
     with Arrays() as arrays:
-        pipeline = load(broken, lora=FluxLora(rank=2))
+        pipeline = load(broken, lora=LoraOptions(rank=2))
     assert arrays.num_bytes == 0
     assert pipeline.abstract_params.keys() == {"flow", "vae", "lora"}
 
@@ -281,20 +280,20 @@ def test_what_a_run_has_trained_is_not_read_again(broken):
 
 
 def test_fresh_adapters_are_not_made_for_a_run_that_has_its_own(base, monkeypatch):
-    pipeline = load(base, lora=FluxLora(rank=2))
-    monkeypatch.setattr("egrpo_jax.pipelines.flux.loading.init_lora", None)
+    pipeline = load(base, lora=LoraOptions(rank=2))
+    monkeypatch.setattr("egrpo_jax.pipelines.published.loading.init_lora", None)
     frozen = pipeline.load_frozen(MESH)
     assert jax.tree.leaves(frozen["lora"]) == []
     assert jax.tree.leaves(frozen["flow"])
 
 
 def test_adapters_of_a_file_have_its_rank(base, tmp_path):
-    options = {"lora": FluxLora(rank=2, targets=("image_out$",))}
+    options = {"lora": LoraOptions(rank=2, targets=("image_out$",))}
     params = load(base, **options).load(MESH)
     ones = jax.tree.map(jax.numpy.ones_like, params["lora"])
     file = tmp_path / "adapters.safetensors"
-    save_lora(file, ones, options["lora"].scale, flux_layout(tiny_flux.flux_config(), "diffusers"))
-    pipeline = load(base, lora=FluxLora(rank=64, alpha=128.0), lora_weights=str(file))
+    save_lora(file, ones, 2.0, flux_layout(tiny_flux.flux_config(), "diffusers"))
+    pipeline = load(base, lora=LoraOptions(rank=64, alpha=128.0), lora_weights=str(file))
     assert jax.tree.structure(pipeline.abstract_params["lora"]) == jax.tree.structure(ones)
     np.testing.assert_allclose(pipeline.load(MESH)["lora"]["double_blocks"]["image_out"]["a"], 1)
 
@@ -306,7 +305,7 @@ def test_text_encoders_need_a_mesh(base):
 
 @pytest.mark.parametrize(("adapters", "expected"), [("flow_grpo", FLOW_GRPO), ("dance_grpo", DANCE_GRPO)])
 def test_the_adapters_of_a_config(adapters, expected):
-    assert from_config_dict(TrainConfig, flux_lora.get_config(adapters)).model.flux.lora == expected
+    assert from_config_dict(TrainConfig, flux_lora.get_config(adapters)).model.published.lora == expected
     with pytest.raises(ValueError, match=r"has the adapters \['dance_grpo', 'flow_grpo'\], found 'grpo'"):
         flux_lora.get_config("grpo")
 
@@ -321,9 +320,9 @@ def test_what_images_depend_on_is_recorded(tmp_path, guidance):
 
 def test_embeddings_of_another_length_name_the_key(base, tmp_path):
     arrays = {"text": np.zeros((1, 5, 24), "f"), "pooled": np.zeros((1, 20), "f")}
-    settings = {"text_tokens": 5, "text_dim": 24, "pooled_dim": 20}
+    settings = {"family": "FLUX.1", "text_tokens": 5, "text": [5, 24], "pooled": [20]}
     write_embeddings(tmp_path, ["a cat"], lambda _: arrays, settings, 1, 1)
-    expected = r"config\.model\.flux\.embeddings: found .*'text_tokens': 12.*'text_tokens': 5"
+    expected = r"config\.model\.published\.embeddings: found .*'text_tokens': 12.*'text_tokens': 5"
     with pytest.raises(ConfigError, match=expected):
         load(base, embeddings=str(tmp_path))
 
@@ -336,29 +335,29 @@ def export(out, **changes):
 def test_a_folder_that_exists_comes_out_before_weights_are_read(broken, form):
     (broken / WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"vae exists; name a new folder"):
-        load_writer(ModelConfig("flux", str(broken), OPTIONS), form, export(broken / "vae"))
-    assert load_writer(ModelConfig("flux", str(broken), OPTIONS), form, export(broken / "new")) is not None
+        load_writer(ModelConfig("published", str(broken), OPTIONS), form, export(broken / "vae"))
+    assert load_writer(ModelConfig("published", str(broken), OPTIONS), form, export(broken / "new")) is not None
     assert not (broken / "new").exists()
 
 
 def test_peft_needs_adapters_of_a_run(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.model\.flux\.lora: found None, expected adapters"):
-        load_writer(ModelConfig("flux", str(base), OPTIONS), "peft", export(tmp_path))
-    adapters = ModelConfig("flux", str(base), dataclasses.replace(OPTIONS, lora=FluxLora()))
+    with pytest.raises(ConfigError, match=r"config\.model\.published\.lora: found None, expected adapters"):
+        load_writer(ModelConfig("published", str(base), OPTIONS), "peft", export(tmp_path))
+    adapters = ModelConfig("published", str(base), dataclasses.replace(OPTIONS, lora=LoraOptions()))
     with pytest.raises(UserError, match="peft is for the adapters of a training run"):
         load_writer(adapters, "peft", export(tmp_path, of_run=False))
 
 
 def test_adapters_that_are_there_already_are_not_replaced(base, tmp_path):
     (tmp_path / "mine.safetensors").write_bytes(b"hours of training")
-    adapters = ModelConfig("flux", str(base), dataclasses.replace(OPTIONS, lora=FluxLora(rank=2)))
+    adapters = ModelConfig("published", str(base), dataclasses.replace(OPTIONS, lora=LoraOptions(rank=2)))
     with pytest.raises(UserError, match=r"mine\.safetensors exists; name a new one"):
         load_writer(adapters, "peft", export(tmp_path / "mine.safetensors", of_run=True))
 
 
 @pytest.mark.parametrize("copy", [True, False])
 def test_a_whole_pipeline_is_given_back(base, tmp_path, copy):
-    config = ModelConfig("flux", str(base), OPTIONS)
+    config = ModelConfig("published", str(base), OPTIONS)
     params = load(base).load(MESH)
     load_writer(config, "pipeline", export(tmp_path / "out", copy=copy))(params)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()}

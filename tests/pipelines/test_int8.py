@@ -14,17 +14,17 @@ from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.parallel.mesh import EXACT, MeshConfig, make_mesh
 from egrpo_jax.pipelines import Export, ModelConfig, exact_model, lighter_options, load_pipeline, load_writer
 from egrpo_jax.pipelines import sketch_pipeline as sketch
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxLora, FluxOptions
-from egrpo_jax.pipelines.flux.loading import transformer_shapes
-from egrpo_jax.pipelines.flux.text import FluxText
+from egrpo_jax.pipelines.families import FLUX
+from egrpo_jax.pipelines.families.flux import FluxText
+from egrpo_jax.pipelines.published import DANCE_GRPO, LoraOptions, PublishedOptions
 from egrpo_jax.weights.published.flux import flux_layout
 from tests import tiny_flux
 from tests.layouts import import_tensors
 from tests.pipelines.test_base import Arrays, num_bytes
 
 MESH = make_mesh(MeshConfig())
-OPTIONS = FluxOptions(
-    height=32, width=32, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32", lora=FluxLora(rank=2), int8_base=True
+OPTIONS = PublishedOptions(
+    height=32, width=32, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32", lora=LoraOptions(rank=2), int8_base=True
 )
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory):
 
 
 def model(folder, **changes):
-    return ModelConfig("flux", str(folder), dataclasses.replace(OPTIONS, **changes))
+    return ModelConfig("published", str(folder), dataclasses.replace(OPTIONS, **changes))
 
 
 def load(folder, **changes):
@@ -58,7 +58,7 @@ def test_every_published_tensor_is_rounded_as_it_is_read(base, tmp_path, stored)
     assert arrays.num_bytes == num_bytes(pipeline.abstract_params)
     flow = flatten_dict(params["flow"], sep="/")
     config = tiny_flux.flux_config()
-    published = import_tensors(flux_layout(config, "diffusers"), tensors, transformer_shapes(config))
+    published = import_tensors(flux_layout(config, "diffusers"), tensors, FLUX.shapes(config))
     for path, weights in flatten_dict(published, sep="/").items():
         if "blocks/" in path and path.endswith("/kernel"):
             values, scale = restated(weights.astype(np.float32))
@@ -129,7 +129,7 @@ def test_the_base_takes_half_of_bfloat16():
 def test_an_orbax_checkpoint_is_refused_in_a_line(base, tmp_path):
     (tmp_path / "orbax").mkdir()
     (tmp_path / "config.json").write_text((base / "transformer" / "config.json").read_text())
-    message = r"^config\.model\.flux\.int8_base: found True, expected a transformer in safetensors, not an Orbax"
+    message = r"^config\.model\.published\.int8_base: found True, expected a transformer in safetensors, not an Orbax"
     for describe in (load_pipeline, sketch):
         with pytest.raises(ConfigError, match=message):
             describe(model(base, transformer=str(tmp_path)))
@@ -151,9 +151,9 @@ def test_weights_are_given_back_from_the_published_ones(base, tmp_path):
     ("lora", "expected"),
     [
         (DANCE_GRPO, [{"decode_batch": 1}, {}, {"int8_base": True}]),
-        (None, [{"decode_batch": 1}, {"lora": FLOW_GRPO}, {"lora": FLOW_GRPO, "int8_base": True}]),
+        (None, [{"decode_batch": 1}, {"lora": LoraOptions()}, {"lora": LoraOptions(), "int8_base": True}]),
     ],
 )
 def test_it_is_proposed_where_memory_is_short(lora, expected):
     found = lighter_options(model("x", lora=lora, int8_base=False))
-    assert found == [{f"model.flux.{name}": value for name, value in options.items()} for options in expected]
+    assert found == [{f"model.published.{name}": value for name, value in options.items()} for options in expected]

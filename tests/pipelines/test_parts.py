@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.pipelines.flux import FluxOptions
-from egrpo_jax.pipelines.flux.loading import published_shift, read_transformer_config
-from egrpo_jax.pipelines.flux.parts import check_parts
+from egrpo_jax.pipelines.families.schedule import scheduled_shift
+from egrpo_jax.pipelines.published import PublishedOptions
+from egrpo_jax.pipelines.published.model import read_model
+from egrpo_jax.weights.published.scheduler import read_scheduler
 from tests import tiny_flux
 from tests.pipelines.test_flux import load
 
@@ -36,8 +37,14 @@ def edit(file, **keys):
 
 
 def check(folder, text=True):
-    sizes = read_transformer_config(folder / "transformer", FluxOptions())
-    check_parts(folder, sizes, tiny_flux.TEXT_TOKENS if text else None)
+    model = read_model(folder, PublishedOptions(text_tokens=tiny_flux.TEXT_TOKENS))
+    read_scheduler(folder / "scheduler")
+    if text:
+        model.family.text.read(folder, model.sizes, model.text_tokens)
+
+
+def published_shift(folder, image_tokens):
+    return scheduled_shift(read_scheduler(folder), image_tokens, 28)
 
 
 def test_parts_that_fit(folder):
@@ -47,7 +54,7 @@ def test_parts_that_fit(folder):
 
 
 CONTRADICTIONS = [
-    ("vae", "latent_channels", 8, "must be 4: 2 x 2 latents are the in_channels 16"),
+    ("vae", "latent_channels", 8, "must be 4: 2 x 2 latents are the 16 channels of a token"),
     ("vae", "latent_channels", None, "must be a positive integer"),
     ("vae", "scaling_factor", 0, "must be a positive, finite number"),
     ("vae", "shift_factor", math.nan, "must be a finite number, or null"),

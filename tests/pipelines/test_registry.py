@@ -1,4 +1,4 @@
-"""The families by name, and what each can do."""
+"""The sources of models by name, and what each can do."""
 
 import dataclasses
 
@@ -6,21 +6,21 @@ import pytest
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.pipelines import EXPORTS, Export, ModelConfig, load_encoder, load_pipeline, load_writer
-from egrpo_jax.pipelines.registry import FAMILIES
+from egrpo_jax.pipelines.registry import SOURCES
 from tests import programs
 
 
-def test_families_are_named_once_and_have_their_section():
-    assert [family.name for family in FAMILIES.values()] == list(FAMILIES) == ["emoji", "flux"]
+def test_sources_are_named_once_and_have_their_section():
+    assert [source.name for source in SOURCES.values()] == list(SOURCES) == ["emoji", "published"]
     sections = {field.name for field in dataclasses.fields(ModelConfig)} - {"name", "path"}
-    assert sections <= FAMILIES.keys()
+    assert sections <= SOURCES.keys()
     assert EXPORTS == ["diffusers", "orbax", "peft", "pipeline"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fluxx", "config.model.name: found 'fluxx', expected 'emoji', 'flux', or module:function of your own"),
+        ("fluxx", "config.model.name: found 'fluxx', expected 'emoji', 'published', or module:function of your own"),
         ("builtins:repr", "found 'builtins:repr', expected a function that returns a Pipeline, not str"),
     ],
 )
@@ -31,9 +31,9 @@ def test_models_that_are_not_there(name, message):
 
 
 @pytest.mark.parametrize("name", ["emoji", "tests.toy:pipeline"])
-def test_families_that_cannot_do_everything(tmp_path, name):
+def test_sources_that_cannot_do_everything(tmp_path, name):
     config = ModelConfig(name)
-    expected = rf"^config\.model\.name: found '{name}', expected 'flux', "
+    expected = rf"^config\.model\.name: found '{name}', expected 'published', "
     with pytest.raises(ConfigError, match=expected + "whose embeddings can be stored$"):
         load_encoder(config)
     with pytest.raises(ConfigError, match=expected + "to be written as peft$"):
@@ -42,8 +42,8 @@ def test_families_that_cannot_do_everything(tmp_path, name):
 
 def test_a_path_that_is_needed():
     for ask in (load_pipeline, load_encoder):
-        with pytest.raises(ConfigError, match=r"^config\.model\.path: found None, expected the folder of a FLUX\.1"):
-            ask(ModelConfig("flux"))
+        with pytest.raises(ConfigError, match=r"^config\.model\.path: found None, expected the folder of a pipeline"):
+            ask(ModelConfig("published"))
 
 
 @pytest.mark.parametrize(
@@ -55,5 +55,5 @@ def test_programs_say_so_in_a_line(tmp_path, program, arguments):
     done = programs.run(program, "--config=configs/emoji.py", *(part.format(out) for part in arguments))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: config.model.name: found 'emoji', expected 'flux', ")
+    assert line.startswith("error: config.model.name: found 'emoji', expected 'published', ")
     assert not out.exists()

@@ -12,7 +12,7 @@ from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_pipeline, sketch_pipeline
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO, FluxOptions
+from egrpo_jax.pipelines.published import DANCE_GRPO, FLOW_GRPO, LoraOptions, PublishedOptions
 from egrpo_jax.planning import changes
 from egrpo_jax.planning.cost import count_passes, kept_beside, phase_cost, uncounted_scorers
 from egrpo_jax.planning.devices import GIB, capacity, devices_at_hand, larger, slice_devices
@@ -27,7 +27,7 @@ from egrpo_jax.training.job import Job
 from tests import programs, toy
 
 TOY = from_config_dict(TrainConfig, toy.get_config())
-FLUX = ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev")
+FLUX = ModelConfig(name="published", path="black-forest-labs/FLUX.1-dev")
 
 
 @pytest.fixture
@@ -96,16 +96,16 @@ def test_a_phase_that_does_not_fit_is_tried_with_changes(mesh, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "proposed"),
     [
-        (FluxOptions(lora=DANCE_GRPO), ["--config.model.flux.int8_base=True"]),
-        (FluxOptions(lora=DANCE_GRPO, int8_base=True), []),
-        (FluxOptions(), ["--config.model.flux.lora=FluxLora() --config.model.flux.int8_base=True"]),
+        (PublishedOptions(lora=DANCE_GRPO), ["--config.model.published.int8_base=True"]),
+        (PublishedOptions(lora=DANCE_GRPO, int8_base=True), []),
+        (PublishedOptions(), ["--config.model.published.lora=LoraOptions() --config.model.published.int8_base=True"]),
     ],
 )
 def test_a_base_in_int8_is_tried_for_adapters(mesh, options, proposed):
-    job = sketch_job(TrainConfig(model=dataclasses.replace(FLUX, flux=options)))
-    found = {change.text: change.config.model.flux for change in changes.changes(job, mesh, "decode", None)}
+    job = sketch_job(TrainConfig(model=dataclasses.replace(FLUX, published=options)))
+    found = {change.text: change.config.model.published for change in changes.changes(job, mesh, "decode", None)}
     assert [text for text in found if "int8" in text] == proposed
-    assert all(found[text].int8_base and found[text].lora == (options.lora or FLOW_GRPO) for text in proposed)
+    assert all(found[text].int8_base and found[text].lora == (options.lora or LoraOptions()) for text in proposed)
 
 
 def test_one_more_pass_before_several_updates(mesh):
@@ -160,8 +160,8 @@ def test_flux_is_described_without_its_files():
     for call in (pipeline.read, pipeline.encode):
         with pytest.raises(UserError, match="by its sizes alone"):
             call({})
-    options = FluxOptions(embeddings="made_elsewhere", lora=FLOW_GRPO, text_tokens=256)
-    schnell = sketch_pipeline(ModelConfig("flux", "black-forest-labs/FLUX.1-schnell", options))
+    options = PublishedOptions(embeddings="made_elsewhere", lora=FLOW_GRPO, text_tokens=256)
+    schnell = sketch_pipeline(ModelConfig("published", "black-forest-labs/FLUX.1-schnell", options))
     assert schnell.encoder_params == {}
     assert "guidance_in" in str(pipeline.abstract_params["flow"])
     assert "guidance_in" not in str(schnell.abstract_params["flow"])
@@ -189,10 +189,10 @@ def test_memory_of_flux_beside_a_rollout(mesh):
     assert beside["scorers"] == 4 * 986_109_441
     assert beside["steps"] == pytest.approx(6 * 8 * 13 * 2025 * 64 * 4, rel=0.01)  # of the 6 prompts before
     assert arguments["trained weights"] == pytest.approx(4 * 11.9e9, rel=0.01)
-    options = FluxOptions(offload_encoders=True)
+    options = PublishedOptions(offload_encoders=True)
     resting = sketch_job(
         TrainConfig(
-            model=ModelConfig("flux", FLUX.path, options),
+            model=ModelConfig("published", FLUX.path, options),
             optim=OptimConfig(offload=True),
             rewards=rewards,
             scorers=ScorersConfig(offload=True),
@@ -233,7 +233,7 @@ def test_memory_of_devices():
         (["--config.mesh.fsdp=3"], r"config.mesh: found \(-1, 3, 1\), expected axes that multiply to the 1 devices.*"),
         (["--devices=0"], "flag --devices=0: .*"),
         (["--phase=train"], "flag --phase=train: .*"),
-        (["--config.model.name=flux"], "config.model.path: found None, expected the folder of a FLUX.1 pipeline.*"),
+        (["--config.model.name=published"], "config.model.path: found None, expected the folder of a pipeline.*"),
     ],
 )
 def test_mistakes_are_one_line(arguments, line):

@@ -11,7 +11,7 @@ import pytest
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
-from egrpo_jax.pipelines.flux import FLOW_GRPO, FluxOptions
+from egrpo_jax.pipelines.published import FLOW_GRPO, PublishedOptions
 from egrpo_jax.planning import hlo
 from egrpo_jax.planning.cost import kept_beside, phase_cost
 from egrpo_jax.planning.devices import GIB, capacity, slice_devices
@@ -31,11 +31,11 @@ CHIPS = 4
 @functools.cache
 def job_and_cost(phase, kind, offload=False):
     # Fused attention repeats a part of itself in its backward pass; XLA's compares with arithmetic.
-    options = FluxOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, attention="xla")
+    options = PublishedOptions(embeddings="made before", lora=FLOW_GRPO if kind == "lora" else None, attention="xla")
     config = TrainConfig(
         prompts_per_iteration=8,
         tails_per_device=12,
-        model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev", options),
+        model=ModelConfig("published", "black-forest-labs/FLUX.1-dev", options),
         rewards=RewardsConfig(train=("hpsv2.1",)),
         learner=LearnerConfig(micro_batch=1),
         optim=OptimConfig(offload=offload),
@@ -131,7 +131,7 @@ def test_devices_of_a_slice(topology, devices, gibibytes):
 def test_nothing_is_computed_on_a_slice():
     """Its devices compile, and run nothing."""
     rewards = RewardsConfig(train=("hpsv2.1",), heldout=("imagereward",))
-    config = TrainConfig(model=ModelConfig("flux", "black-forest-labs/FLUX.1-dev"), rewards=rewards)
+    config = TrainConfig(model=ModelConfig("published", "black-forest-labs/FLUX.1-dev"), rewards=rewards)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), slice_devices("v5p:2x2x2"))
     with jax.set_mesh(mesh):
         job = sketch_job(config)

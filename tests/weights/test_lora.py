@@ -12,11 +12,14 @@ from safetensors.numpy import load_file
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.models.lora import init_lora, merge_lora
-from egrpo_jax.pipelines.flux import DANCE_GRPO, FLOW_GRPO
+from egrpo_jax.pipelines import published
+from egrpo_jax.pipelines.families import FLUX
 from egrpo_jax.weights.layout import export_tensors
 from egrpo_jax.weights.lora import FILE_NAME, export_lora, load_lora, save_lora
 from egrpo_jax.weights.published.flux import flux_layout
 from tests.weights.tiny_lora import LAYOUT, TO_Q, adapter, delta, random_like, random_lora, template, write
+
+FLOW_GRPO, DANCE_GRPO = (options.adapters(FLUX.presets) for options in (published.FLOW_GRPO, published.DANCE_GRPO))
 
 
 def test_a_published_file_by_name_shape_and_type(tmp_path):

@@ -1,9 +1,9 @@
-"""Options of FLUX.1."""
+"""Options of published models."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from egrpo_jax.common.errors import ConfigError
@@ -15,42 +15,53 @@ from egrpo_jax.models.lora import LoraConfig
 Dtype = Literal["bfloat16", "float32"]
 Pixels = Annotated[int, Range(16, 16_384, multiple_of=16)]
 
-FLOW_GRPO_TARGETS = (
-    r"double_blocks/(image|text)_qkv/to_[qkv]$",
-    r"double_blocks/(image|text)_out$",
-    r"double_blocks/(image|text)_ff/linear_[12]$",
-    r"single_blocks/qkv/to_[qkv]$",
-)
-"""Flow-GRPO, FLUX: its 12 published names end in `attn.to_q`, ..., which are names in the single blocks too."""
-DANCE_GRPO_TARGETS = (
-    r"double_blocks/image_qkv/to_[qkv]$",
-    r"double_blocks/image_out$",
-    r"single_blocks/qkv/to_[qkv]$",
-)
-"""DanceGRPO, FLUX: every layer whose published name ends in `to_q`, `to_k`, `to_v` or `to_out.0`."""
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """The config section `model.published.lora`.
+
+    Attributes:
+      targets: regular expressions; a dense layer is adapted if one is found in its path, as `double_blocks/image_out`;
+        or names of sets of layers that the family of the model has, as "flow_grpo" (docs/models.md). Empty: the first
+        of these sets.
+      rank: r, of each adapter.
+      alpha: the adapter's output is multiplied by `alpha / rank`.
+    """
+
+    targets: tuple[str, ...] = ()
+    rank: Annotated[int, Range(1, 100_000)] = 64
+    alpha: Annotated[float, Range(1e-3, 10**6)] = 128.0
+
+    def __post_init__(self) -> None:
+        self.adapters({"": ("",)})
+
+    def adapters(self, presets: Mapping[str, tuple[str, ...]]) -> LoraConfig:
+        """The adapters of a family with these sets of layers.
+
+        Raises:
+          ConfigError: a target is no regular expression, or a number is out of its range.
+        """
+        targets = (pattern for name in self.targets or tuple(presets)[:1] for pattern in presets.get(name, (name,)))
+        return LoraConfig(tuple(targets), self.rank, self.alpha)
+
+
+FLOW_GRPO = LoraOptions(("flow_grpo",))
+DANCE_GRPO = LoraOptions(("dance_grpo",), rank=128, alpha=256.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class FluxLora(LoraConfig):
-    """The config section `model.flux.lora`; the defaults are Flow-GRPO's."""
-
-    targets: tuple[str, ...] = FLOW_GRPO_TARGETS
-
-
-FLOW_GRPO = FluxLora()
-DANCE_GRPO = FluxLora(DANCE_GRPO_TARGETS, rank=128, alpha=256.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class FluxOptions:
-    """The config section `model.flux`.
+class PublishedOptions:
+    """The config section `model.published`.
 
     Attributes:
       height, width: of the images, in pixels.
-      guidance: the distilled guidance scale, an input of FLUX.1-dev; FLUX.1-schnell has none.
-      text_tokens: length of the T5 sequence; padding is attended to, so that it must be what the model was trained
-        with: 512 (dev) or 256 (schnell).
-      transformer: other weights for the transformer: a diffusers folder, a single file in the BFL layout, or what
+      guidance: the scale of guidance. For FLUX.1-dev it is an input. Other models are guided away from `negative`, by
+        two forward passes for one, unless the scale says that they are not: docs/models.md has the published value of
+        each model, which None stands for. FLUX.1-schnell has none.
+      negative: the prompt that is guided away from.
+      text_tokens: length of the sequence of text; padding is attended to, so that it must be what the model was trained
+        with, the published value, which None stands for: 512 (FLUX.1-dev) or 256 (FLUX.1-schnell), of T5 alone.
+      transformer: other weights for the transformer: a diffusers folder, a single file in the original layout, or what
         `convert --to orbax` wrote.
       embeddings: a folder that `encode` made; then no text encoder is loaded.
       offload_encoders: let the text encoders rest in the hosts' memory, and bring them to the devices for a call.
@@ -71,12 +82,13 @@ class FluxOptions:
 
     height: Pixels = 720
     width: Pixels = 720
-    guidance: Annotated[float, Range(0, 1000)] = 3.5
-    text_tokens: Annotated[int, Range(1, 100_000)] = 512
+    guidance: Annotated[float, Range(0, 1000)] | None = None
+    negative: str = ""
+    text_tokens: Annotated[int, Range(1, 100_000)] | None = None
     transformer: str | None = None
     embeddings: str | None = None
     offload_encoders: bool = False
-    lora: FluxLora | None = None
+    lora: LoraOptions | None = None
     lora_weights: str | None = None
     int8_base: bool = False
     dtype: Dtype = "bfloat16"
@@ -96,9 +108,9 @@ class FluxOptions:
             raise ConfigError("int8_base", True, "lora to be set too: int8 is for weights that are not trained")
 
 
-def lighter(options: FluxOptions) -> Iterator[dict[str, Any]]:
+def lighter(options: PublishedOptions) -> Iterator[dict[str, Any]]:
     """Options that take less memory than `options`, those that cost least first."""
-    adapters = {} if options.lora else {"lora": FLOW_GRPO}
+    adapters = {} if options.lora else {"lora": LoraOptions()}
     yield {"decode_batch": 1}
     yield adapters
     yield adapters | {"int8_base": True}
