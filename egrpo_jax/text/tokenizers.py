@@ -1,6 +1,6 @@
-"""The tokenizers of CLIP and T5, from the folders that they are published in.
+"""The tokenizers of CLIP and T5, from the folders that they are published in, and what others have in common with them.
 
-All turn prompts into token ids of a fixed length, because FLUX.1's encoders are meant to see padding.
+All turn prompts into token ids of a fixed length: FLUX.1's encoders are meant to see padding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import html
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import ftfy
 import numpy as np
@@ -23,6 +23,13 @@ from egrpo_jax.weights.published.clip import LEGACY_EOS_ID
 T = TypeVar("T")
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """Prompts to token ids, int32 `[B, L]`."""
+
+
+class Tokens(NamedTuple):
+    """Token ids, int32 `[B, L]`, and a boolean mask `[B, L]` that is False where they are padding."""
+
+    ids: np.ndarray
+    mask: np.ndarray
 
 
 class PublishedTokenizer:
@@ -46,8 +53,14 @@ class PublishedTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """The ids of `prompts`."""
+        return self.tokens(prompts).ids
+
+    def tokens(self, prompts: Sequence[str]) -> Tokens:
+        """The ids of `prompts`, and where they are padding; a pad token that a prompt spells is none."""
         encodings = self._tokenizer.encode_batch([self._prepare(prompt) for prompt in prompts])
-        return np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, self.length)
+        ids = np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, self.length)
+        mask = np.array([encoding.attention_mask for encoding in encodings], bool).reshape(-1, self.length)
+        return Tokens(ids, mask)
 
 
 CLIP_LENGTH = 77
@@ -70,8 +83,7 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
     """
     vocab, merges, whole = _clip_files(folder)
     if whole is not None:
-        tokenizer = _read(lambda: Tokenizer.from_file(str(whole)), whole)
-        bos, eos = _token_ids(tokenizer, whole, CLIP_BOS, CLIP_EOS)
+        tokenizer, (bos, eos) = read_tokenizer(whole, CLIP_BOS, CLIP_EOS)
         _check_ends(tokenizer, whole, [bos], eos)
     else:
         tokenizer = _clip_from_merges(vocab, merges)
@@ -155,8 +167,8 @@ def load_t5_tokenizer(folder: str | os.PathLike[str], length: int) -> PublishedT
       UserError: the file is missing, damaged, or not of a T5 tokenizer.
     """
     path = Path(folder, "tokenizer.json")
-    tokenizer = _read(lambda: Tokenizer.from_file(str(path)), path)
-    if (ids := _token_ids(tokenizer, path, T5_PAD, T5_EOS)) != [0, 1]:
+    tokenizer, ids = read_tokenizer(path, T5_PAD, T5_EOS)
+    if ids != [0, 1]:
         raise UserError(f"{path}: {T5_PAD} and {T5_EOS} are {ids}; a T5 tokenizer has [0, 1]")
     _check_ends(tokenizer, path, [], 1)
     return PublishedTokenizer(tokenizer, length, T5_PAD)
@@ -182,6 +194,16 @@ def check_clip_ids(published: Published, config: ClipTextConfig, tokenizer: Publ
     if (highest if config.eos_id is None else config.eos_id) != end:
         highest_id = f", or {LEGACY_EOS_ID} for the highest id" if highest == end else ""
         raise published.error("eos_token_id", f"{end}, with which its tokenizer ends prompts{highest_id}")
+
+
+def read_tokenizer(path: Path, *tokens: str) -> tuple[Tokenizer, list[int]]:
+    """The tokenizer in the file `path`, a `tokenizer.json`, and the ids of some of its `tokens`.
+
+    Raises:
+      UserError: the file is missing or damaged, or lacks one of `tokens`.
+    """
+    tokenizer = _read(lambda: Tokenizer.from_file(str(path)), path)
+    return tokenizer, _token_ids(tokenizer, path, *tokens)
 
 
 def _read(read: Callable[[], T], *paths: Path) -> T:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.text.tokenizers import PublishedTokenizer, Tokens
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 ADDED = ("[DEC]", "[ENC]")
 """Tokens that BLIP adds to the vocabulary; no text begins with them here, but one that names them gets their ids."""
-
-
-class Tokens(NamedTuple):
-    """Token ids, int32 `[B, L]`, and a boolean mask `[B, L]` that is False where they are padding."""
-
-    ids: np.ndarray
-    mask: np.ndarray
 
 
 def load_wordpiece(path: str | os.PathLike[str], length: int, vocab_size: int) -> Callable[[Sequence[str]], Tokens]:
@@ -42,16 +34,7 @@ def load_wordpiece(path: str | os.PathLike[str], length: int, vocab_size: int) -
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing((END, vocabulary[END]), (START, vocabulary[START]))
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=vocabulary[PAD], pad_token=PAD, length=length)
-
-    def tokenize(texts: Sequence[str]) -> Tokens:
-        encodings = tokenizer.encode_batch(list(texts))
-        ids = np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, length)
-        mask = np.array([encoding.attention_mask for encoding in encodings], bool).reshape(-1, length)
-        return Tokens(ids, mask)
-
-    return tokenize
+    return PublishedTokenizer(tokenizer, length, PAD).tokens
 
 
 def _read(path: Path, size: int) -> dict[str, int]:
