@@ -43,7 +43,7 @@ def published_config(width, layers, heads, kv_heads, head_dim, mlp, vocab, theta
 CASES = {
     "three_layers_of_five": Case(published_config(24, 5, 4, 2, 8, 40, 50), (1, 2, 4), length=17, real=(17, 5, 1)),
     "one_layer_wide_heads": Case(published_config(32, 4, 6, 3, 16, 56, 70, 10_000), (3,), length=29, real=(13, 28)),
-    "head_128_long": Case(published_config(48, 3, 4, 1, 128, 64, 80), (2, 1), length=161, real=(90,)),
+    "head_128_long": Case(published_config(48, 3, 4, 1, 128, 64, 80), (2, 1), length=97, real=(60,)),
 }
 
 

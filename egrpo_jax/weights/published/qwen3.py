@@ -59,7 +59,7 @@ _NORMS = (
 
 
 def name_prefix(names: Iterable[str]) -> str:
-    """What a file with tensors of these `names` spells in front of them: `"model."` or `""`."""
+    """The prefix with which a file spells its tensors, of these `names`: `"model."` or `""`."""
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
