@@ -42,7 +42,8 @@ class Pipeline:
         needs it.
       encoder_params: parameters, as `abstract_params`, that stay in the devices' memory once `encode` has been called;
         laid out by `rules` as well.
-      forward_flops: floating-point operations of one sample's velocity, where known.
+      passes: of the model in a velocity; 2 where it is guided away from a negative prompt.
+      forward_flops: floating-point operations of one sample's velocity, all its passes, where known.
       decode_flops: those of decoding it, where known.
       training_flops: those of its forward and backward pass, with what is computed again, where known.
       sampling_shift: shift of the time grid on which the published model samples in so many steps, where it has one.
@@ -61,6 +62,7 @@ class Pipeline:
     trainable: str = ""
     conditioning: Any = None
     encoder_params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    passes: int = 1
     forward_flops: float | None = None
     decode_flops: float | None = None
     training_flops: float | None = None

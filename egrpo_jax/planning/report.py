@@ -26,7 +26,9 @@ def overview(job: Job, mesh: Mesh, mfu: float) -> str:
     `mfu` is the share of their peak at which the seconds are computed: of the model's operations, which are those that
     the metrics `mfu/rollout` and `mfu/update` count.
     """
-    return "\n".join([describe(job.plan), "", *_work(job), "", *_devices(job, mesh), _seconds(job, mesh, mfu)])
+    return "\n".join(
+        [describe(job.plan, job.pipeline.passes), "", *_work(job), "", *_devices(job, mesh), _seconds(job, mesh, mfu)]
+    )
 
 
 def _work(job: Job) -> list[str]:

@@ -350,8 +350,8 @@ class AnchorPlan(Plan):
         return jax.tree.map(lambda x: x[rows], transitions)
 
 
-def describe(plan: Plan) -> str:
-    """A table of the plan's random steps and a line of its cost, for people."""
+def describe(plan: Plan, model_passes: int = 1) -> str:
+    """A table of the plan's random steps and a line of its cost, for people; a velocity takes `model_passes`."""
     lines = [" step   time  ->  time  merge  e^(h/d)  unmerged"] if plan.branches else ["no random steps"]
     for branch in plan.branches:
         lines.append(
@@ -362,5 +362,6 @@ def describe(plan: Plan) -> str:
     lines.append(
         f"for each prompt: {plan.rollout_passes} forward passes and {plan.images} images in the rollout, "
         f"{plan.training_passes} forward and backward passes in the update"
+        + (f", each of them {model_passes} of the model, with guidance" if model_passes > 1 else "")
     )
     return "\n".join(lines)

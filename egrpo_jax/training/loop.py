@@ -56,7 +56,7 @@ def train(
         with hosts.agreed():
             job = make_job(config, mesh)
         with _claimed(workdir, config, allow_config_change):
-            print(describe(job.plan), flush=True)
+            print(describe(job.plan, job.pipeline.passes), flush=True)
             with _opened(job, mesh, workdir, allow_config_change, profile) as run:
                 run.evaluate_if_due()
                 with guard.iterating():

@@ -44,7 +44,7 @@ def abstract_params(model: Model) -> Params:
     }
     if model.lora is not None:
         params[COLLECTION] = jax.eval_shape(_adapters(model))
-    if model.guided_by is not None:
+    if model.negatives:
         params[NEGATIVE] = model.conditioning._asdict()
     return params
 

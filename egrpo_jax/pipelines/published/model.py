@@ -81,6 +81,11 @@ class Model:
         return None if unguided is None or self.guidance <= unguided else 1 + self.guidance - unguided
 
     @property
+    def negatives(self) -> tuple[str, ...]:
+        """The prompts that are guided away from: one, or none."""
+        return () if self.guided_by is None else (self.options.negative,)
+
+    @property
     def lora(self) -> LoraConfig | None:
         """The adapters that are trained, if any."""
         return None if self.options.lora is None else self.options.lora.adapters(self.family.presets)

@@ -74,8 +74,7 @@ def prompt_texts(folder: Path, model: Model) -> PromptTexts:
     """The text encoders of the pipeline in `folder`."""
     encoders = model.family.text.read(folder, model.sizes, model.text_tokens)
     settings = model.text_settings | {"dtype": model.options.dtype}
-    always = [model.options.negative] if model.guided_by else []
-    return PromptTexts(model.family, encoders, settings, always, model.options.offload_encoders)
+    return PromptTexts(model.family, encoders, settings, model.negatives, model.options.offload_encoders)
 
 
 def _describe(model: Model) -> Pipeline:
@@ -86,11 +85,10 @@ def _describe(model: Model) -> Pipeline:
     """
     model.check()
     family, options = model.family, model.options
-    flops = (2 if model.guided_by else 1) * family.forward_flops(
-        model.sizes, model.latents_shape[0], _text_length(model)
-    )
+    passes = 1 + len(model.negatives)
+    flops = passes * family.forward_flops(model.sizes, model.latents_shape[0], model.conditioning.text.shape[0])
     # Gradients of activations and of weights are a forward pass's work each; the base of adapters needs but the first.
-    passes = 1 + (1 if model.lora else 2) + (options.remat == "blocks")
+    work = 1 + (1 if model.lora else 2) + (options.remat == "blocks")
     vae = Vae(model.vae, jnp.dtype(options.decode_dtype))
     return Pipeline(
         velocity=_velocity(model),
@@ -106,15 +104,12 @@ def _describe(model: Model) -> Pipeline:
         encoder_params={}
         if options.embeddings or options.offload_encoders
         else text_encoder_shapes(family, options.dtype),
+        passes=passes,
         forward_flops=flops,
         decode_flops=decoder_flops(model.vae, 2 * model.grid[0], 2 * model.grid[1]),
-        training_flops=passes * flops,
+        training_flops=work * flops,
         about=_about(model),
     )
-
-
-def _text_length(model: Model) -> int:
-    return model.conditioning.text.shape[0]
 
 
 def _no_files(_: Any) -> Any:
@@ -123,10 +118,16 @@ def _no_files(_: Any) -> Any:
 
 def _about(model: Model) -> dict[str, Any]:
     options = model.options
-    guidance = {"guidance": model.guidance} if model.guided_by or model.family.embeds_guidance(model.sizes) else {}
-    negative = {"negative": options.negative} if model.guided_by else {}
-    base = {"transformer": options.transformer, "int8_base": options.int8_base or None}
-    return base | {"lora_weights": options.lora_weights} | guidance | negative
+    about: dict[str, Any] = {
+        "transformer": options.transformer,
+        "int8_base": options.int8_base or None,
+        "lora_weights": options.lora_weights,
+    }
+    if model.negatives or model.family.embeds_guidance(model.sizes):
+        about["guidance"] = model.guidance
+    if model.negatives:
+        about["negative"] = options.negative
+    return about
 
 
 def _velocity(model: Model) -> VelocityFn:
@@ -163,9 +164,9 @@ def _open_store(folder: str, model: Model) -> EmbeddingStore:
     found = {key: store.settings.get(key) for key in wanted}
     if found != wanted:
         raise ConfigError("embeddings", folder, f"a folder made with {wanted}; that was made with {found}")
-    if model.guided_by and model.options.negative not in store:
-        expected = f"a folder with the negative prompt {model.options.negative!r}: encode anew with this config"
-        raise ConfigError("embeddings", folder, expected)
+    missing = [negative for negative in model.negatives if negative not in store]
+    if missing:
+        raise ConfigError("embeddings", folder, f"a folder with the negative prompt {missing[0]!r}: encode anew")
     return store
 
 
