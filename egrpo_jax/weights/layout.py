@@ -30,6 +30,14 @@ def _swap_halves(array: np.ndarray) -> np.ndarray:
     return np.concatenate([second, first])
 
 
+def _by_channel(array: np.ndarray) -> np.ndarray:
+    return array.reshape(4, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def _by_place(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1, 4, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
 AS_IS = Form(lambda x: x, lambda x: x)
 LINEAR = Form(lambda x: x.T, lambda x: x.T)
 """`[out, in]` in files, `[in, out]` here."""
@@ -40,6 +48,19 @@ POINT_CONV = Form(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 SWAPPED = Form(_swap_halves, _swap_halves)
 """The first and the second half of the rows change places."""
 LINEAR_SWAPPED = Form(lambda x: _swap_halves(x).T, lambda x: _swap_halves(x.T))
+
+# The channels of a token are those of a 2x2 patch: here the four places (i, j) of each channel c lie side by side,
+# (c, i, j); some files have the channels of each place side by side, (i, j, c).
+PATCH_CONV = Form(lambda x: x.reshape(len(x), -1).T, lambda x: x.T.reshape(x.shape[1], -1, 2, 2))
+"""A 2x2 convolution of stride 2, `[out, c, i, j]`, in files, a linear layer of tokens here."""
+PATCH_ROWS = Form(_by_channel, _by_place)
+"""A vector with an entry for each channel of a token, (i, j, c) in files."""
+LINEAR_PATCH_ROWS = Form(lambda x: _by_channel(x).T, lambda x: _by_place(x.T))
+"""A linear layer that makes tokens, (i, j, c) in files."""
+LINEAR_PATCH_COLUMNS = Form(lambda x: _by_channel(x.T), lambda x: _by_place(x).T)
+"""A linear layer that reads tokens, (i, j, c) in files."""
+SQUEEZED = Form(lambda x: x[0], lambda x: x[None])
+"""A first axis of 1 in files, which is not here."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ from egrpo_jax.weights.layout import (
 from tests.layouts import import_tensors
 from tests.weights.test_load import LAYOUT, params, published, template
 
+PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
 
 @pytest.mark.parametrize(
     ("form", "shape", "expected"),
@@ -35,6 +37,12 @@ from tests.weights.test_load import LAYOUT, params, published, template
         (POINT_CONV, (2, 3, 1, 1), lambda x: np.einsum("oihw->io", x)),
         (SWAPPED, (4,), lambda x: x[[2, 3, 0, 1]]),
         (LINEAR_SWAPPED, (4, 3), lambda x: np.einsum("oi->io", x[[2, 3, 0, 1]])),
+        (layouts.SQUEEZED, (1, 3, 2), lambda x: np.einsum("noi->oi", x)),
+        # Two channels: c0 of the places 00, 01, 10, 11, then c1 of them.
+        (layouts.PATCH_CONV, (3, 2, 2, 2), lambda x: np.stack([x[:, c, i, j] for c in (0, 1) for i, j in PLACES])),
+        (layouts.PATCH_ROWS, (8,), lambda x: x[[0, 2, 4, 6, 1, 3, 5, 7]]),
+        (layouts.LINEAR_PATCH_ROWS, (8, 3), lambda x: np.einsum("oi->io", x[[0, 2, 4, 6, 1, 3, 5, 7]])),
+        (layouts.LINEAR_PATCH_COLUMNS, (3, 8), lambda x: np.einsum("oi->io", x[:, [0, 2, 4, 6, 1, 3, 5, 7]])),
     ],
 )
 def test_forms_and_their_inverses(form, shape, expected):
