@@ -7,6 +7,7 @@ from egrpo_jax.models.flux import Flux, FluxConfig
 from egrpo_jax.models.layers import Remat, StackConfig
 from egrpo_jax.models.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from egrpo_jax.models.patches import latents_to_pixels, pixels_to_latents
+from egrpo_jax.models.sd3 import Sd3, Sd3Config
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatures
 from egrpo_jax.models.towers import Tower, TowerConfig
@@ -25,6 +26,8 @@ __all__ = [
     "FluxConfig",
     "LoraConfig",
     "Remat",
+    "Sd3",
+    "Sd3Config",
     "StackConfig",
     "T5Config",
     "T5Encoder",

@@ -50,12 +50,14 @@ class ClipTextConfig:
       length: the longest sequence.
       eos_id: the state at the first token of this id is the pooled one; None: the state at the highest id, which is the
         end of the text in the vocabulary of CLIP.
+      projection_dim: the pooled state is projected to so many channels; None: it is left as it is.
     """
 
     transformer: TransformerConfig = TransformerConfig(768, 12, 12, 3072, "quick_gelu")
     vocab_size: int = 49_408
     length: int = 77
     eos_id: int | None = None
+    projection_dim: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,39 +90,51 @@ class ClipConfig:
 
 
 class ClipTextFeatures(NamedTuple):
-    """Token states after the final norm, `[B, L, D]`, and the one at the end of the text, `[B, D]`, not projected."""
+    """States of a text.
+
+    Attributes:
+      states: of its tokens after the final norm, `[B, L, D]`.
+      pooled: the one of them at the end of the text, `[B, D]`; if there is a projection, `[B, projection_dim]`.
+      penultimate: those that the last block was given, `[B, L, D]`, not normalised.
+    """
 
     states: chex.Array
     pooled: chex.Array
+    penultimate: chex.Array
 
 
 class Block(nn.Module):
-    """Self-attention, then a feed-forward part, each on the normalised stream and added to it."""
+    """Self-attention, then a feed-forward part, each on the normalised stream and added to it.
+
+    It is given, and passes on, the stream and what the block before was given of it.
+    """
 
     config: TransformerConfig
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, None]:
-        config = self.config
+    def __call__(
+        self, streams: tuple[chex.Array, chex.Array], mask: chex.Array | None
+    ) -> tuple[tuple[chex.Array, chex.Array], None]:
+        config, given = self.config, streams[0]
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        hidden = LayerNorm(name="attention_norm", **common)(x)
+        hidden = LayerNorm(name="attention_norm", **common)(given)
         query, key, value = (
-            nn.Dense(config.width, name=name, **common)(hidden).reshape(*x.shape[:2], config.num_heads, -1)
+            nn.Dense(config.width, name=name, **common)(hidden).reshape(*given.shape[:2], config.num_heads, -1)
             for name in ("to_q", "to_k", "to_v")
         )
-        mixed = attention(query, key, value, mask).reshape(x.shape)
-        x = x + nn.Dense(config.width, name="out", **common)(mixed)
+        mixed = attention(query, key, value, mask).reshape(given.shape)
+        x = given + nn.Dense(config.width, name="out", **common)(mixed)
 
         hidden = nn.Dense(config.mlp_dim, name="mlp_1", **common)(LayerNorm(name="mlp_norm", **common)(x))
         hidden = in_float32(ACTIVATIONS[config.activation], hidden)
-        return x + nn.Dense(config.width, name="mlp_2", **common)(hidden), None
+        return (x + nn.Dense(config.width, name="mlp_2", **common)(hidden), given), None
 
 
 class Transformer(nn.Module):
-    """The stack of blocks, `[B, N, D]` to `[B, N, D]`.
+    """The stack of blocks, `[B, N, D]` to `[B, N, D]`; beside it what the last of them was given.
 
     Attributes:
       config: the sizes.
@@ -133,15 +147,15 @@ class Transformer(nn.Module):
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: chex.Array, mask: chex.Array | None = None) -> chex.Array:
+    def __call__(self, x: chex.Array, mask: chex.Array | None = None) -> tuple[chex.Array, chex.Array]:
         """Transforms `x`; `mask`, boolean and broadcastable to `[B, H, N, N]`, is False where a key is not seen."""
         chex.assert_shape(x, (None, None, self.config.width))
         blocks = scan_blocks(Block, self.config.num_layers)
-        return blocks(self.config, self.dtype, self.param_dtype, name="blocks")(x, mask)[0]
+        return blocks(self.config, self.dtype, self.param_dtype, name="blocks")((x, x), mask)[0]
 
 
 class ClipText(nn.Module):
-    """CLIP's text encoder, without a projection.
+    """CLIP's text encoder, with a projection if the config has one.
 
     Attributes:
       config: the sizes.
@@ -172,10 +186,13 @@ class ClipText(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.01), (config.length, width), self.param_dtype)
         x = x + positions[:length].astype(self.dtype)
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        x = Transformer(config.transformer, name="transformer", **common)(x, causal)
+        x, penultimate = Transformer(config.transformer, name="transformer", **common)(x, causal)
         states = LayerNorm(name="final_norm", **common)(x)
         last = end_positions(ids, config.eos_id)
-        return ClipTextFeatures(states, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0])
+        pooled = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+        if config.projection_dim is not None:
+            pooled = nn.Dense(config.projection_dim, use_bias=False, name="text_projection", **common)(pooled)
+        return ClipTextFeatures(states, pooled, penultimate)
 
 
 class ClipVision(nn.Module):
@@ -205,7 +222,7 @@ class ClipVision(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, width)), x.reshape(len(x), -1, width)], axis=1)
         x = x + self.param("positions", init, (config.tokens, width), self.param_dtype).astype(self.dtype)
         x = LayerNorm(name="first_norm", **common)(x)
-        x = Transformer(config.transformer, name="transformer", **common)(x)
+        x, _ = Transformer(config.transformer, name="transformer", **common)(x)
         return LayerNorm(name="final_norm", **common)(x[:, 0])
 
 

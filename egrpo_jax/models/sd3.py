@@ -185,14 +185,16 @@ class Sd3(nn.Module):
         streams = image_stream, Linear(config.width, name="text_in", **common)(text)
 
         stacks = (
-            ("dual_blocks", config.num_dual_blocks, {"dual": True}),
-            ("plain_blocks", config.num_plain_blocks, {}),
-            ("last_blocks", 1, {"last": True}),
+            ("dual_blocks", config.num_dual_blocks, True, False),
+            ("plain_blocks", config.num_plain_blocks, False, False),
+            ("last_blocks", 1, False, True),
         )
-        for name, length, kind in stacks:
+        for name, length, dual, last in stacks:
             if length:
-                blocks = scan_blocks(Block, length, self.remat)
-                streams, _ = blocks(config, name=name, attention=self.attention, **kind, **common)(streams, vector)
+                blocks = scan_blocks(Block, length, self.remat)(
+                    config, attention=self.attention, dual=dual, last=last, name=name, **common
+                )
+                streams, _ = blocks(streams, vector)
 
         shift, scale = Modulation(2, config.width, name="final_modulation", **common)(vector)
         final = modulate(streams[0], shift, scale)

@@ -16,6 +16,7 @@ from egrpo_jax.models.clip import Clip, ClipConfig
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.rewards.batched import SCORER_RULES
 from egrpo_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from egrpo_jax.text.special_tokens import SPECIAL_TOKEN_FILES
 from egrpo_jax.text.tokenizers import Tokenize, check_clip_ids, load_clip_tokenizer, load_open_clip_tokenizer
 from egrpo_jax.weights.configs import NUMBER, POSITIVE, Key, Published, list_of, one_of, read_config, read_object
 from egrpo_jax.weights.files import TensorFiles, open_tensors
@@ -71,7 +72,7 @@ def load_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
 
 def load_transformers_clip(path: str, dtype: str, mesh: Mesh) -> LoadedClip:
     """The `CLIPModel` in a folder, or the one of that name on the Hub; raises as `load_clip`."""
-    folder = resolve(path, ["config.json", *TOKENIZER])
+    folder = resolve(path, ["config.json", *TOKENIZER, *SPECIAL_TOKEN_FILES])
     published = read_config(folder, "CLIPModel")
     config = clip.config_from_transformers(published)
     preprocess = Preprocess(config.vision.image_size, odd_crop="floor")

@@ -1,6 +1,6 @@
 """The tokenizers of CLIP and T5, from the folders that they are published in, and what others have in common with them.
 
-All turn prompts into token ids of a fixed length: FLUX.1's encoders are meant to see padding.
+All turn prompts into token ids of a fixed length, because the encoders of FLUX.1 and SD3.5 are meant to see padding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ClipTextConfig
+from egrpo_jax.text.special_tokens import CLIP_BOS, CLIP_EOS, add_special_tokens
 from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.published.clip import LEGACY_EOS_ID
 
@@ -64,7 +65,6 @@ class PublishedTokenizer:
 
 
 CLIP_LENGTH = 77
-CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_EOS = "<pad>", "</s>"
 _BYTES_AND_ENDS = 2 * 256 + 2  # tokens of CLIP that no merge makes: bytes, within a word and at its end, start, end
 
@@ -76,7 +76,8 @@ _CLIP_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}"
 def load_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
     """CLIP's byte-pair encoding, from `vocab.json` and `merges.txt`, or, without these, from `tokenizer.json`.
 
-    Ids are int32 `[B, 77]`: a start token, at most 75 of the prompt, an end token, and more end tokens as padding.
+    Ids are int32 `[B, 77]`: a start token, at most 75 of the prompt, an end token, and more end tokens as padding, or
+    the padding that the folder names.
 
     Raises:
       UserError: a file is missing, damaged, or not of a CLIP tokenizer.
@@ -87,7 +88,7 @@ def load_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
         _check_ends(tokenizer, whole, [bos], eos)
     else:
         tokenizer = _clip_from_merges(vocab, merges)
-    return PublishedTokenizer(tokenizer, CLIP_LENGTH, CLIP_EOS)
+    return PublishedTokenizer(tokenizer, CLIP_LENGTH, add_special_tokens(tokenizer, folder))
 
 
 def load_open_clip_tokenizer(folder: str | os.PathLike[str]) -> PublishedTokenizer:
@@ -123,7 +124,6 @@ def _clip_files(folder: str | os.PathLike[str]) -> tuple[Path, Path, Path | None
 def _clip_from_merges(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer = Tokenizer(_clip_merges(vocab, merges))
     ends = _token_ids(tokenizer, vocab, CLIP_BOS, CLIP_EOS)
-    tokenizer.add_special_tokens([CLIP_BOS, CLIP_EOS])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -190,7 +190,8 @@ def check_clip_ids(published: Published, config: ClipTextConfig, tokenizer: Publ
     check_vocabulary(published, config.vocab_size, tokenizer)
     if config.length < tokenizer.length:
         raise published.error("max_position_embeddings", f"at least {tokenizer.length}, the length of its sequences")
-    highest, end = tokenizer([""]).max(), tokenizer.pad_id
+    ids, mask = tokenizer.tokens([""])
+    highest, end = ids.max(), ids[mask][-1]
     if (highest if config.eos_id is None else config.eos_id) != end:
         highest_id = f", or {LEGACY_EOS_ID} for the highest id" if highest == end else ""
         raise published.error("eos_token_id", f"{end}, with which its tokenizer ends prompts{highest_id}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from egrpo_jax.weights.configs import Published
-from egrpo_jax.weights.published.clip import text_config_from_transformers
+from egrpo_jax.weights.published.clip import projected_text_config_from_transformers, text_config_from_transformers
 from tests.oracle.random_weights import random_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "clip.npz"
@@ -18,22 +18,28 @@ SEEDS = range(5)  # one draw of weights says little about rounding
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A config.json and the shape of the ids."""
+    """A config.json, the shape of the ids, and whether there is a projection."""
 
     published: dict
     batch: int
     length: int
+    projected: bool = False
+
+    @property
+    def read(self):
+        return projected_text_config_from_transformers if self.projected else text_config_from_transformers
 
     @property
     def config(self):
-        return text_config_from_transformers(Published(self.published))
+        return self.read(Published(self.published))
 
 
-def published_config(width, layers, heads, mlp, vocab, positions, act, eos):
+def published_config(width, layers, heads, mlp, vocab, positions, act, eos, projection=512):
     return {
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
         "vocab_size": vocab, "max_position_embeddings": positions, "hidden_act": act, "eos_token_id": eos,
         "bos_token_id": 0, "pad_token_id": 1, "layer_norm_eps": 1e-5,
+        "projection_dim": projection,
     }  # fmt: skip
 
 
@@ -42,6 +48,9 @@ CASES = {
     "real_eos": Case(published_config(48, 3, 3, 64, 90, 20, "gelu", 40), batch=4, length=13),
     "full_length": Case(published_config(128, 2, 2, 192, 200, 77, "quick_gelu", 2), batch=1, length=77),
     "legacy_eos_gelu": Case(published_config(40, 1, 5, 96, 50, 9, "gelu", 2), batch=3, length=7),
+    "projected": Case(published_config(48, 4, 3, 96, 70, 77, "gelu", 2, 32), batch=2, length=15, projected=True),
+    "projected_real_eos": Case(published_config(32, 3, 2, 80, 60, 18, "quick_gelu", 50, 48), 3, 13, projected=True),
+    "projected_one_layer": Case(published_config(40, 1, 5, 64, 50, 9, "gelu", 2, 24), 2, 9, projected=True),
 }
 
 
@@ -61,26 +70,31 @@ def inputs(case):
 def published_model(case, seed=0):
     """transformers' model; every tensor is determined by its name, spelled as in published files, and its shape."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    kind = CLIPTextModelWithProjection if case.projected else CLIPTextModel
     # Attention written out, whose operations a counter of FLOPs sees.
-    model = CLIPTextModel(CLIPTextConfig(**case.published, attn_implementation="eager")).eval()
+    model = kind(CLIPTextConfig(**case.published, attn_implementation="eager")).eval()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    spelled = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
+    spelled = {
+        name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}": shape
+        for name, shape in shapes.items()
+    }
     tensors = [torch.from_numpy(array) for array in random_tensors(spelled, seed).values()]
     model.load_state_dict(dict(zip(shapes, tensors, strict=True)), strict=True)
     return model
 
 
 def outputs(case, model):
-    """Token states and the pooled state, float32."""
+    """Token states, the pooled one, projected if it is, and those before the last layer, float32."""
     import torch
 
     with torch.no_grad():
-        features = model(torch.from_numpy(inputs(case)).long())
+        features = model(torch.from_numpy(inputs(case)).long(), output_hidden_states=True)
     return {
         "states": features.last_hidden_state.float().numpy(),
-        "pooled": features.pooler_output.float().numpy(),
+        "pooled": (features.text_embeds if case.projected else features.pooler_output).float().numpy(),
+        "penultimate": features.hidden_states[-2].float().numpy(),
     }
 
 

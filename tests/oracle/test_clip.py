@@ -8,7 +8,7 @@ from egrpo_jax.models.clip import ClipText
 from egrpo_jax.models.layers import stack_flops
 from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import export_tensors
-from egrpo_jax.weights.published.clip import clip_text_layout, text_config_from_transformers, text_prefix
+from egrpo_jax.weights.published.clip import clip_text_layout, text_prefix
 from tests.layouts import import_tensors
 from tests.models.test_clip import our_bfloat16_error, relative_error, template
 from tests.oracle.clip import CASES, GOLDEN, cases, inputs, outputs, published_model
@@ -37,7 +37,7 @@ def test_transformers_own_tensors_and_config_give_its_outputs(name):
     case = CASES[name]
     model = published_model(case)
     tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    config = text_config_from_transformers(Published(model.config.to_dict()))
+    config = case.read(Published(model.config.to_dict()))
     assert config == case.config
     layout = clip_text_layout(config, text_prefix(tensors))
     assert {e.name for e in layout} == tensors.keys()
@@ -62,4 +62,6 @@ def test_operations_as_torch_counts_them(name):
     case = CASES[name]
     with FlopCounterMode(display=False) as counter:
         outputs(case, published_model(case))
-    assert counter.get_total_flops() == case.batch * stack_flops(case.config.transformer, case.length)
+    projection = 2 * case.config.transformer.width * (case.config.projection_dim or 0)
+    flops = stack_flops(case.config.transformer, case.length) + projection
+    assert counter.get_total_flops() == case.batch * flops

@@ -11,12 +11,16 @@ from tests.oracle.tokenizers import (
     BOS,
     EOS,
     GOLDEN,
+    KINDS,
+    MARKED,
     PROMPTS,
     byte_letters,
     cases,
     published_clip_ids,
     published_t5_ids,
+    settings,
     write_clip_files,
+    write_settings,
     write_t5,
 )
 
@@ -80,6 +84,21 @@ def test_clip_as_transformers_saves_it(trained_clip, tmp_path_factory):
     transformers.CLIPTokenizer.from_pretrained(trained_clip).save_pretrained(folder)
     assert not (folder / "vocab.json").exists()
     np.testing.assert_array_equal(load_clip_tokenizer(folder)(PROMPTS), published_clip_ids(trained_clip))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_of_a_trained_vocabulary(trained_clip, tmp_path_factory, kind):
+    """In the published files, and in the one that transformers saves of them, alone and with theirs beside it."""
+    files = settings(json.loads((trained_clip / "vocab.json").read_text("utf-8")))[kind]
+    write_settings(trained_clip, *files)
+    expected = published_clip_ids(trained_clip, MARKED)
+    np.testing.assert_array_equal(load_clip_tokenizer(trained_clip)(MARKED), expected)
+    saved = tmp_path_factory.mktemp("saved")
+    transformers.CLIPTokenizer.from_pretrained(trained_clip).save_pretrained(saved)
+    np.testing.assert_array_equal(load_clip_tokenizer(saved)(MARKED), published_clip_ids(saved, MARKED))
+    np.testing.assert_array_equal(load_clip_tokenizer(saved)(MARKED), expected)
+    write_settings(saved, *files)
+    np.testing.assert_array_equal(load_clip_tokenizer(saved)(MARKED), published_clip_ids(saved, MARKED))
 
 
 @pytest.mark.parametrize("length", [7, 64, 256])

@@ -29,6 +29,16 @@ PROMPTS = (
     "the end <|endoftext|> of the text",
     "fish & chips &amp; “quotes” — dash <tag> under_score",
 )
+# Padding that is a word: of these, ids depend on the folder's own special tokens.
+MARKED = (
+    *PROMPTS, "!", "wow!", "!!!", "a cat ! and a dog!?", "the photo !, of !!the cat", "写真! 猫\uff01", "Café! 🐱!",
+    "<|STARTOFTEXT|> of the <|EndOfText|> cat", " ".join(["wow! the cat,"] * 700), "!" * 200,
+)  # fmt: skip
+KINDS = (
+    "first", "second", "older first", "older second", "map alone", "config alone", "list is right", "stripping list",
+    "another word",
+)  # fmt: skip
+"""The names of `settings`."""
 WORDS = ("photo", "of", "cat", "cats", "the", "dog", "and", "text", "it", "猫", "é")
 
 
@@ -58,6 +68,45 @@ def write_clip_files(folder, vocabulary, merges):
     Path(folder, "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def token(content, **flags):
+    """A special token as published files write it."""
+    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, **flags}
+
+
+def settings(vocabulary):
+    """By name, what folders say of their special tokens: tokenizer_config.json, then special_tokens_map.json."""
+    listed = lambda *tokens: {
+        "added_tokens_decoder": {str(vocabulary[one["content"]]): {**one, "special": True} for one in tokens}
+    }
+    ends, bang = (token(BOS, normalized=True), token(EOS)), token("!")
+    names = lambda pad: {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    objects = lambda pad: dict(zip(names(pad), (*ends, ends[1], pad), strict=True))
+    return {
+        "first": (names(EOS) | listed(*ends), objects(EOS)),
+        "second": (names("!") | listed(bang, *ends), objects("!")),
+        "older first": ({"pad_token": "!", "unk_token": {"__type": "AddedToken", **token(EOS)}}, objects(EOS)),
+        "older second": (names(EOS), objects("!")),
+        "map alone": (None, {"pad_token": token("!", lstrip=True)}),
+        "config alone": ({"pad_token": "!"}, None),
+        "list is right": (names("!") | listed(*ends), objects(EOS)),
+        "stripping list": (listed(token("!", rstrip=True), token("7", single_word=True)), None),
+        "another word": (names("cat</w>"), None),
+    }
+
+
+def write_marked_clip(folder, kind):
+    """The vocabulary of `write_clip` with the files of `settings` beside it."""
+    write_clip(folder)
+    vocabulary = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+    write_settings(folder, *settings(vocabulary)[kind])
+
+
+def write_settings(folder, config, older):
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", older)):
+        if content is not None:
+            Path(folder, name).write_text(json.dumps(content), "utf-8")
 
 
 def t5_pieces():
@@ -90,6 +139,13 @@ def published_clip_ids(folder, prompts=PROMPTS):
     return np.array(encoded.input_ids, np.int32)
 
 
+def marked_clip_ids(kind):
+    """The ids of `MARKED` with these settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_marked_clip(folder, kind)
+        return published_clip_ids(folder, MARKED)
+
+
 def published_t5_ids(folder, length, prompts=PROMPTS):
     """What transformers makes of `tokenizer.json`, int32 `[B, length]`."""
     from transformers import PreTrainedTokenizerFast
@@ -106,9 +162,11 @@ def cases():
     with tempfile.TemporaryDirectory() as clip, tempfile.TemporaryDirectory() as t5:
         write_clip(clip)
         write_t5(t5)
-        return {"clip": published_clip_ids(clip)} | {
-            f"t5_{length}": published_t5_ids(t5, length) for length in T5_LENGTHS
-        }
+        return (
+            {"clip": published_clip_ids(clip)}
+            | {f"clip {kind}": marked_clip_ids(kind) for kind in KINDS}
+            | {f"t5_{length}": published_t5_ids(t5, length) for length in T5_LENGTHS}
+        )
 
 
 def main():

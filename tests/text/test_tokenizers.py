@@ -1,5 +1,6 @@
 """Token ids against those of the published tokenizers (golden files), and folders that are not right."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,15 +8,30 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.models.clip import ClipTextConfig
 from egrpo_jax.text.tokenizers import (
     _clip_from_merges,
+    check_clip_ids,
     load_clip_tokenizer,
     load_open_clip_tokenizer,
     load_t5_tokenizer,
 )
+from egrpo_jax.weights.configs import Published
 from tests.oracle import open_clip
 from tests.oracle.scored_images import TEXTS
-from tests.oracle.tokenizers import BOS, EOS, GOLDEN, PROMPTS, T5_LENGTHS, t5_pieces, write_clip, write_t5
+from tests.oracle.tokenizers import (
+    BOS,
+    EOS,
+    GOLDEN,
+    KINDS,
+    MARKED,
+    PROMPTS,
+    T5_LENGTHS,
+    t5_pieces,
+    write_clip,
+    write_marked_clip,
+    write_t5,
+)
 
 
 def golden(name):
@@ -52,6 +68,76 @@ def test_clip_ids_by_hand(clip_folder):
     pieces = ["photo</w>", "of</w>", "the</w>", "cat</w>", "7</w>", "!</w>"]
     np.testing.assert_array_equal(ids[0], [bos, *(vocabulary[piece] for piece in pieces), *[eos] * 70])
     np.testing.assert_array_equal(ids[1], [bos, *[eos] * 76])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_those_that_the_folder_names(tmp_path, kind):
+    write_marked_clip(tmp_path, kind)
+    np.testing.assert_array_equal(load_clip_tokenizer(tmp_path)(MARKED), golden(f"clip {kind}"))
+
+
+def test_padding_that_is_a_word_by_hand(tmp_path):
+    """The tokenizers of SD3.5: in the second every "!" is padding, wherever it stands."""
+    write_marked_clip(tmp_path, "first")
+    vocabulary, bos, eos = clip_ids(tmp_path)
+    assert vocabulary["!"] == 0
+    cat, bang = vocabulary["cat</w>"], vocabulary["!</w>"]
+    first = load_clip_tokenizer(tmp_path)
+    assert (first.pad_id, first.end_id) == (eos, eos)
+    np.testing.assert_array_equal(first(["Cat!", ""]), [[bos, cat, bang, *[eos] * 74], [bos, *[eos] * 76]])
+    write_marked_clip(tmp_path, "second")
+    second = load_clip_tokenizer(tmp_path)
+    assert (second.pad_id, second.end_id, second.last_id) == (0, eos, eos)
+    expected = [[bos, cat, 0, eos, *[0] * 73], [bos, 0, 0, 0, eos, *[0] * 72], [bos, eos, *[0] * 75]]
+    np.testing.assert_array_equal(second(["Cat!", "!!!", ""]), expected)
+
+
+def test_the_end_of_a_prompt_need_not_be_its_padding(tmp_path):
+    """The pooled state of a text encoder is at its end, by the highest id or by its own."""
+    write_marked_clip(tmp_path, "second")
+    tokenizer = load_clip_tokenizer(tmp_path)
+    config = ClipTextConfig(vocab_size=tokenizer.last_id + 1)
+    for eos_id in (None, tokenizer.end_id):
+        check_clip_ids(Published({}), dataclasses.replace(config, eos_id=eos_id), tokenizer)
+    with pytest.raises(UserError, match=rf"eos_token_id is 0; must be {tokenizer.end_id}, with which its tokenizer"):
+        check_clip_ids(Published({"eos_token_id": 0}), dataclasses.replace(config, eos_id=0), tokenizer)
+
+
+def test_padding_above_the_end_hides_it(clip_folder):
+    """A token that the vocabulary does not have gets the next id, for which a model has no embedding."""
+    eos = clip_ids(clip_folder)[2]
+    (clip_folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    tokenizer = load_clip_tokenizer(clip_folder)
+    assert (tokenizer.pad_id, tokenizer.end_id, tokenizer.last_id) == (eos + 1, eos, eos + 1)
+    with pytest.raises(UserError, match=rf"vocab_size is missing; must be above {eos + 1}"):
+        check_clip_ids(Published({}), ClipTextConfig(vocab_size=eos + 1), tokenizer)
+    with pytest.raises(UserError, match=rf"eos_token_id is missing; must be {eos}, with which its tokenizer ends"):
+        check_clip_ids(Published({}), ClipTextConfig(vocab_size=eos + 2), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("special_tokens_map.json", {"pad_token": 0}, "pad_token is 0; must be a token, or an object with its content"),
+        ("tokenizer_config.json", {"pad_token": ""}, 'pad_token is ""; must be a token'),
+        ("tokenizer_config.json", {"eos_token": {"content": "a", "lstrip": 1}}, "eos_token is .*; must be a token"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "a"}}},
+            "added_tokens_decoder is .*; ",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"0": "!"}},
+            "added_tokens_decoder is .*; must be an object",
+        ),
+        ("special_tokens_map.json", [1], "holds a JSON list; must be an object"),
+    ],
+)
+def test_special_tokens_that_are_none(clip_folder, name, content, message):
+    (clip_folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}:? {message}"):
+        load_clip_tokenizer(clip_folder)
 
 
 def test_a_long_clip_prompt_keeps_75_tokens_and_its_ends(clip_folder):
@@ -213,5 +299,5 @@ def test_a_clip_tokenizer_json_that_adds_no_ends(clip_folder, tmp_path_factory):
 def test_what_a_tokenizer_says_of_itself(clip_folder, t5_folder):
     vocabulary, _, eos = clip_ids(clip_folder)
     clip, t5 = load_clip_tokenizer(clip_folder), load_t5_tokenizer(t5_folder, 16)
-    assert (clip.length, clip.pad_id, clip.last_id) == (77, eos, max(vocabulary.values()))
-    assert (t5.length, t5.pad_id, t5.last_id) == (16, 0, len(t5_pieces()) - 1)
+    assert (clip.length, clip.pad_id, clip.end_id, clip.last_id) == (77, eos, eos, max(vocabulary.values()))
+    assert (t5.length, t5.pad_id, t5.end_id, t5.last_id) == (16, 0, 1, len(t5_pieces()) - 1)

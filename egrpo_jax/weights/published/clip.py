@@ -1,10 +1,12 @@
-"""CLIP as it is published by transformers: the tensors of `CLIPModel` and `CLIPTextModel`, and their config.json.
+"""CLIP as it is published by transformers: the tensors of `CLIPModel`, `CLIPTextModel` and
+`CLIPTextModelWithProjection`, and their config.json.
 
 Published files of `CLIPTextModel` spell names with `text_model.` in front; those that transformers 5 writes do not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 from egrpo_jax.models.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipVisionConfig, TransformerConfig
@@ -39,6 +41,7 @@ _TEXT = {
     "max_position_embeddings": Key(SIZE),
     "eos_token_id": Key(TOKEN_ID, LEGACY_EOS_ID),
 }
+_PROJECTION = {"projection_dim": Key(SIZE, 512)}
 _VISION = {**_TRANSFORMER, "image_size": Key(SIZE), "patch_size": Key(SIZE), "num_channels": Key(one_of(3), 3)}
 
 # What counts where a part of a CLIPModel's config.json is silent.
@@ -58,15 +61,17 @@ def text_prefix(names: Iterable[str]) -> str:
 
 
 def clip_text_layout(config: ClipTextConfig, prefix: str = PREFIX, folder: str = "") -> Layout:
-    """The tensors of a text encoder of this size, 196 for CLIP-L.
+    """The tensors of a text encoder of this size: 196 for CLIP-L, 197 with a projection.
 
-    `prefix` is what stands before their names; `folder`, such as "text/", before our paths.
+    `prefix` is what stands before their names but the projection's; `folder`, such as "text/", before our paths.
     """
+    projection = (entry("text_projection.weight", f"{folder}text_projection/kernel", form=LINEAR),)
     return (
         entry(f"{prefix}embeddings.token_embedding.weight", f"{folder}tokens/embedding"),
         entry(f"{prefix}embeddings.position_embedding.weight", f"{folder}positions"),
         *_blocks(config.transformer, prefix, folder),
         *norm(f"{prefix}final_layer_norm", f"{folder}final_norm"),
+        *(projection if config.projection_dim is not None else ()),
     )
 
 
@@ -109,6 +114,12 @@ def text_config_from_transformers(published: Published) -> ClipTextConfig:
     )
 
 
+def projected_text_config_from_transformers(published: Published) -> ClipTextConfig:
+    """The sizes that a config.json of a `CLIPTextModelWithProjection` names; as `text_config_from_transformers`."""
+    dim = published.checked(_PROJECTION)["projection_dim"]
+    return dataclasses.replace(text_config_from_transformers(published), projection_dim=dim)
+
+
 def config_from_transformers(published: Published) -> ClipConfig:
     """The sizes that a config.json of a `CLIPModel` names, with transformers' defaults where it is silent.
 
@@ -121,7 +132,7 @@ def config_from_transformers(published: Published) -> ClipConfig:
     return ClipConfig(
         vision=ClipVisionConfig(_transformer(vision), vision["image_size"], vision["patch_size"]),
         text=text_config_from_transformers(_tower(published, "text", _TEXT_DEFAULTS)),
-        dim=published.checked({"projection_dim": Key(SIZE, 512)})["projection_dim"],
+        dim=published.checked(_PROJECTION)["projection_dim"],
     )
 
 

@@ -1,5 +1,6 @@
 """transformers' files of CLIP and of its text encoder, complete and exact, and their config.json."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from egrpo_jax.weights.published.clip import (
     clip_layout,
     clip_text_layout,
     config_from_transformers,
+    projected_text_config_from_transformers,
     text_config_from_transformers,
     text_prefix,
 )
@@ -29,6 +31,9 @@ from tests.layouts import import_tensors
 GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED = json.loads((GOLDEN / "clip_l_text_shapes.json").read_text())
 SMALL = ClipTextConfig(TransformerConfig(8, 3, 2, 12, "gelu"), vocab_size=10, length=5)
+PROJECTED = dataclasses.replace(SMALL, projection_dim=6)
+CLIP_L = ClipTextConfig(projection_dim=768)
+CLIP_BIGG = ClipTextConfig(TransformerConfig(1280, 32, 20, 5120, "gelu"), projection_dim=1280)
 SPELLINGS = (PREFIX, "")
 
 
@@ -51,21 +56,37 @@ def test_every_published_tensor_by_name_and_shape(prefix):
     assert text_prefix(published) == prefix
 
 
-def test_every_number_of_our_tree_is_held_once():
-    flat = flatten_dict(template(ClipTextConfig()), sep="/")
-    held = [(leaf.path, leaf.layer) for e in clip_text_layout(ClipTextConfig()) for leaf in e.leaves]
-    expected = {(path, layer) for path in flat for layer in (range(12) if "/blocks/" in path else [None])}
+def test_every_tensor_of_a_text_encoder_with_projection():
+    """SD3.5's two. The table of CLIP-L is of FLUX.1's file, which is the same but has no projection."""
+    small = {**PUBLISHED, "text_projection.weight": [768, 768]}
+    large = json.loads((GOLDEN / "clip_bigg_text_shapes.json").read_text())
+    for config, published, count in ((CLIP_L, small, 197), (CLIP_BIGG, large, 517)):
+        layout = clip_text_layout(config)
+        assert len(layout) == len({e.name for e in layout}) == count
+        assert published_shapes(layout, template(config)) == {name: tuple(shape) for name, shape in published.items()}
+    assert sum(leaf.size for leaf in jax.tree.leaves(template(CLIP_BIGG))) == 694_659_840
+
+
+@pytest.mark.parametrize("config", [ClipTextConfig(), CLIP_L, CLIP_BIGG])
+def test_every_number_of_our_tree_is_held_once(config):
+    flat, layers = flatten_dict(template(config), sep="/"), config.transformer.num_layers
+    held = [(leaf.path, leaf.layer) for e in clip_text_layout(config) for leaf in e.leaves]
+    expected = {(path, layer) for path in flat for layer in (range(layers) if "/blocks/" in path else [None])}
     assert len(held) == len(expected)
     assert set(held) == expected
 
 
+@pytest.mark.parametrize("config", [SMALL, PROJECTED])
 @pytest.mark.parametrize("prefix", SPELLINGS)
-def test_export_then_import_changes_nothing(prefix):
-    params = random_params(SMALL)
-    layout = clip_text_layout(SMALL, prefix)
+def test_export_then_import_changes_nothing(prefix, config):
+    params = random_params(config)
+    layout = clip_text_layout(config, prefix)
     tensors = dict(export_tensors(layout, params))
     assert {name: tensor.shape for name, tensor in tensors.items()} == published_shapes(layout, params)
-    chex.assert_trees_all_equal(import_tensors(layout, tensors, template(SMALL)), params)
+    chex.assert_trees_all_equal(import_tensors(layout, tensors, template(config)), params)
+    if config is PROJECTED:
+        kernel = params["text_projection"]["kernel"]
+        np.testing.assert_array_equal(tensors["text_projection.weight"], kernel.T)
 
 
 def test_kernels_are_transposed_and_layers_are_in_order():
@@ -214,6 +235,22 @@ def test_published_configs():
         Published({**PUBLISHED_CONFIG, "eos_token_id": 49407, "hidden_act": "gelu"})
     )
     assert (resaved.eos_id, resaved.transformer.activation) == (49407, "gelu")
+
+
+def test_published_configs_with_projection():
+    """FLUX.1's file names a projection too, which its encoder does not have."""
+    architecture = {"architectures": ["CLIPTextModelWithProjection"], "torch_dtype": "float16"}
+    small = Published({**PUBLISHED_CONFIG, **architecture})
+    assert projected_text_config_from_transformers(small) == CLIP_L
+    large = {
+        "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120,
+        "hidden_act": "gelu", "projection_dim": 1280,
+    }  # fmt: skip
+    assert projected_text_config_from_transformers(Published({**small, **large})) == CLIP_BIGG
+    silent = {key: value for key, value in small.items() if key != "projection_dim"}
+    assert projected_text_config_from_transformers(Published(silent)).projection_dim == 512
+    with pytest.raises(UserError, match=r"^config\.json: projection_dim is 0; must be a positive integer$"):
+        projected_text_config_from_transformers(Published({**small, "projection_dim": 0}))
 
 
 @pytest.mark.parametrize(
