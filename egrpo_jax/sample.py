@@ -56,8 +56,8 @@ def main() -> None:
         pipeline.require(prompts)
         params, source = load_params(config, pipeline, mesh)
         sampling = SAMPLING.sampling(config, pipeline, len(prompts))
-        settings = {"weights": source, "seed": SAMPLING.seed, "steps": sampling.steps, "shift": sampling.shift}
-        settings |= {"solver": sampling.solver, "model": to_config_dict(config.model).to_dict()}
+        settings = {"weights": source, "seed": SAMPLING.seed, **sampling.record()}
+        settings |= {"model": to_config_dict(config.model).to_dict()}
         done = samples.begin(settings)
         sampler, key = sampling.sampler(pipeline), jax.random.key(SAMPLING.seed)
         with tqdm(total=len(prompts), initial=done, desc="sample", unit="image", disable=None) as bar:

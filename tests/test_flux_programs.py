@@ -76,7 +76,8 @@ def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
     assert [entry["prompt"] for entry in described["samples"]] == PROMPTS
     assert described["steps"] == 3
     assert described["seed"] == 0
-    np.testing.assert_allclose(described["shift"], 1.5799, atol=1e-4)  # 4 tokens: below FLUX.1's 256
+    # 4 tokens, below FLUX.1's 256: a shift of 1.5799.
+    np.testing.assert_allclose(described["times"], [1, 0.7596, 0.4413, 0], atol=1e-4)
     assert described["model"]["published"]["guidance"] == 3.5
     assert (tmp_path / "a" / "grid.png").is_file()
 

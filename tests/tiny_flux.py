@@ -125,11 +125,19 @@ def write_pipeline(folder, guidance=True):
     )
     vae = published_shapes(vae_layout(VAE, "diffusers"), decoder_shapes(VAE)) | encoder_shapes(VAE)
     write_model(folder / "vae", "diffusion_pytorch_model", vae_json(), vae)
-    write_model(folder / "text_encoder", "model", clip_json(), shapes(ClipText(CLIP), clip_text_layout(CLIP)))
-    write_model(folder / "text_encoder_2", "model", t5_json(), shapes(T5Encoder(T5), t5_layout(T5)))
+    write_clip(folder / "text_encoder", CLIP)
+    write_t5(folder / "text_encoder_2", T5)
     write_clip_tokenizer(folder / "tokenizer")
     write_t5_tokenizer(folder / "tokenizer_2")
     return folder
+
+
+def write_clip(folder, config):
+    write_model(folder, "model", clip_json(config), shapes(ClipText(config), clip_text_layout(config)))
+
+
+def write_t5(folder, config):
+    write_model(folder, "model", t5_json(config), shapes(T5Encoder(config), t5_layout(config)))
 
 
 def shapes(model, layout):
@@ -171,63 +179,64 @@ def write_model(folder, stem, config, tensor_shapes):
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-def vae_json():
-    levels = len(VAE.block_out_channels)
+def vae_json(config=VAE):
+    levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": list(VAE.block_out_channels),
+        "block_out_channels": list(config.block_out_channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "force_upcast": True,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": VAE.latent_channels,
+        "latent_channels": config.latent_channels,
         "latents_mean": None,
         "latents_std": None,
-        "layers_per_block": VAE.layers_per_block,
+        "layers_per_block": config.layers_per_block,
         "mid_block_add_attention": True,
-        "norm_num_groups": VAE.norm_num_groups,
+        "norm_num_groups": config.norm_num_groups,
         "sample_size": SIZE,
-        "scaling_factor": VAE.scaling_factor,
-        "shift_factor": VAE.shift_factor,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
         "use_post_quant_conv": False,
         "use_quant_conv": False,
     }
 
 
-def clip_json():
+def clip_json(config=CLIP):
+    projected = config.projection_dim is not None
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
         "model_type": "clip_text_model",
-        "hidden_size": CLIP.transformer.width,
-        "num_hidden_layers": CLIP.transformer.num_layers,
-        "num_attention_heads": CLIP.transformer.num_heads,
-        "intermediate_size": CLIP.transformer.mlp_dim,
-        "hidden_act": CLIP.transformer.activation,
-        "vocab_size": CLIP.vocab_size,
-        "max_position_embeddings": CLIP.length,
+        "hidden_size": config.transformer.width,
+        "num_hidden_layers": config.transformer.num_layers,
+        "num_attention_heads": config.transformer.num_heads,
+        "intermediate_size": config.transformer.mlp_dim,
+        "hidden_act": config.transformer.activation,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.length,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
         "layer_norm_eps": 1e-5,
-        "projection_dim": CLIP.transformer.width,
+        "projection_dim": config.projection_dim or config.transformer.width,
     }
 
 
-def t5_json():
+def t5_json(config=T5):
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "d_model": T5.width,
-        "d_kv": T5.head_dim,
-        "d_ff": T5.mlp_dim,
-        "num_heads": T5.num_heads,
-        "num_layers": T5.num_layers,
-        "vocab_size": T5.vocab_size,
+        "d_model": config.width,
+        "d_kv": config.head_dim,
+        "d_ff": config.mlp_dim,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "vocab_size": config.vocab_size,
         "feed_forward_proj": "gated-gelu",
-        "relative_attention_num_buckets": T5.num_buckets,
-        "relative_attention_max_distance": T5.max_distance,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
         "layer_norm_epsilon": 1e-6,
         "is_encoder_decoder": True,
         "tie_word_embeddings": False,
@@ -236,11 +245,11 @@ def t5_json():
     }
 
 
-def write_clip_tokenizer(folder):
+def write_clip_tokenizer(folder, pad="<|endoftext|>"):
     write_json(folder / "vocab.json", {token: number for number, token in enumerate(CLIP_TOKENS)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", "utf-8")
     names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    names["pad_token"] = "<|endoftext|>"
+    names["pad_token"] = pad
     write_json(folder / "special_tokens_map.json", names)
     write_json(
         folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP.length, **names}

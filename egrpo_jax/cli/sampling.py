@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import read_prompts
 from egrpo_jax.evaluation.sampler import Sampler
-from egrpo_jax.flow.grid import shifted_times
+from egrpo_jax.flow.grid import Times, shifted_times
 from egrpo_jax.flow.solver import SOLVERS
 from egrpo_jax.pipelines import Pipeline
 from egrpo_jax.training.config import TrainConfig
@@ -20,16 +20,19 @@ LAST_SEED = 2**32 - 1
 
 
 class Sampling(NamedTuple):
-    """A way to sample images: `batch` prompts at once, in `steps` of `solver` on a time grid with `shift`."""
+    """A way to sample images: `batch` prompts at once, from time to time of `times` by `solver`."""
 
     batch: int
-    steps: int
-    shift: float
+    times: Times
     solver: str
 
     def sampler(self, pipeline: Pipeline) -> Sampler:
         """The sampler that does so, under the mesh that is set."""
-        return Sampler(pipeline, shifted_times(self.steps, self.shift), self.batch, self.solver)
+        return Sampler(pipeline, self.times, self.batch, self.solver)
+
+    def record(self) -> dict[str, Any]:
+        """The steps, their times and the solver, as JSON values."""
+        return {"steps": len(self.times) - 1, "times": list(self.times), "solver": self.solver}
 
 
 class SamplingFlags:
@@ -107,14 +110,14 @@ class SamplingFlags:
         most = self._batch.value or config.evaluation.batch
         batch = math.ceil(num_prompts / math.ceil(num_prompts / most))  # as even as can be: little is filled up
         steps, solver = self._steps.value or config.plan.num_steps, self._solver.value or config.evaluation.solver
-        return Sampling(batch, steps, self._shift(config, pipeline, steps), solver)
+        return Sampling(batch, self._times(config, pipeline, steps), solver)
 
-    def _shift(self, config: TrainConfig, pipeline: Pipeline, steps: int) -> float:
+    def _times(self, config: TrainConfig, pipeline: Pipeline, steps: int) -> Times:
         if self.grid == "training":
-            return config.plan.shift
-        if pipeline.sampling_shift is None:
+            return shifted_times(steps, config.plan.shift)
+        if pipeline.sampling_times is None:
             raise UserError(f"--grid=pipeline: the model {config.model.name!r} has no grid of its own; use training")
-        return pipeline.sampling_shift(steps)
+        return pipeline.sampling_times(steps)
 
 
 def _checked(prompt: str) -> str:

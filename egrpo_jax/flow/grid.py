@@ -28,22 +28,24 @@ def shifted_times(num_steps: int, shift: float) -> Times:
         raise ValueError(f"num_steps must be at least 1, found {num_steps}")
     if not shift > 0:
         raise ValueError(f"shift must be positive, found {shift}")
-    return tuple(_shifted(np.linspace(1.0, 0.0, num_steps + 1), shift).tolist())
+    return tuple(shift_times(np.linspace(1.0, 0.0, num_steps + 1), shift).tolist())
 
 
 def respaced_times(times: Times, start: int, num_steps: int) -> Times:
     """`num_steps` + 1 times from `times[start]` to 0, evenly spaced in u = k/T as those of the shifted grid `times`.
 
     Raises:
-      ValueError: `times` is no grid of `shifted_times`.
+      ValueError: `times` is no grid of `shifted_times`, and its own are not enough.
     """
+    if num_steps == steps_left(times, start):
+        return times[start:]
     uniform = np.linspace(1.0, 0.0, len(times))
     inner, time = uniform[1:-1], np.array(times[1:-1])
     shifts = time * (1 - inner) / (inner * (1 - time))
     if not np.allclose(shifts, shifts[:1]):
         raise ValueError(f"expected a shifted grid, found the times {times}")
     shift = shifts[0] if len(shifts) else 1.0  # the grid (1, 0) has any shift
-    return (times[start], *_shifted(np.linspace(uniform[start], 0.0, num_steps + 1), shift)[1:].tolist())
+    return (times[start], *shift_times(np.linspace(uniform[start], 0.0, num_steps + 1), shift)[1:].tolist())
 
 
 def steps_left(times: Times, start: int) -> int:
@@ -64,7 +66,8 @@ def ends(times: Times, step: int, span: int) -> tuple[float, float]:
     return times[step], times[step + span]
 
 
-def _shifted(uniform: np.ndarray, shift: float) -> np.ndarray:
+def shift_times(uniform: np.ndarray, shift: float) -> np.ndarray:
+    """`uniform` times u, shifted: s u / (1 + (s - 1) u)."""
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.common.trees import partition, path_name
+from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.solver import VelocityFn
 from egrpo_jax.parallel import hosts
 from egrpo_jax.parallel.rules import Rules, with_shardings
@@ -46,7 +47,7 @@ class Pipeline:
       forward_flops: floating-point operations of one sample's velocity, all its passes, where known.
       decode_flops: those of decoding it, where known.
       training_flops: those of its forward and backward pass, with what is computed again, where known.
-      sampling_shift: shift of the time grid on which the published model samples in so many steps, where it has one.
+      sampling_times: the time grid on which the published model samples in so many steps, where it has one of its own.
       known_prompts: all that `encode` takes; None if it takes any.
       about: what else its images depend on, as JSON values, for the record of an evaluation.
     """
@@ -66,7 +67,7 @@ class Pipeline:
     forward_flops: float | None = None
     decode_flops: float | None = None
     training_flops: float | None = None
-    sampling_shift: Callable[[int], float] | None = None
+    sampling_times: Callable[[int], Times] | None = None
     known_prompts: Container[str] | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from absl import flags
 
 from egrpo_jax.cli.sampling import LAST_SEED, SamplingFlags
 from egrpo_jax.common.errors import UserError
+from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.training.config import EvaluationConfig, TrainConfig
 
 
@@ -70,13 +71,13 @@ def test_the_last_seed_is_another_than_the_first():
 def test_a_batch_holds_little_that_is_thrown_away(most, prompts, batch):
     config = TrainConfig(evaluation=EvaluationConfig(batch=50))
     chosen = sampling(*([] if most is None else [f"--batch={most}"]))
-    found = chosen.sampling(config, SimpleNamespace(sampling_shift=None), prompts)
-    assert (found.batch, found.steps, found.shift) == (batch, config.plan.num_steps, config.plan.shift)
+    found = chosen.sampling(config, SimpleNamespace(sampling_times=None), prompts)
+    assert (found.batch, found.times) == (batch, shifted_times(config.plan.num_steps, config.plan.shift))
 
 
 def test_the_published_grid_is_the_models():
     chosen = sampling("--grid=pipeline", "--steps=28")
-    found = chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=lambda steps: steps / 8), 1)
-    assert (found.steps, found.shift) == (28, 3.5)
+    found = chosen.sampling(TrainConfig(), SimpleNamespace(sampling_times=lambda steps: (1.0, steps / 56, 0.0)), 1)
+    assert found.record() == {"steps": 2, "times": [1.0, 0.5, 0.0], "solver": "euler"}
     with pytest.raises(UserError, match="the model 'emoji' has no grid of its own"):
-        chosen.sampling(TrainConfig(), SimpleNamespace(sampling_shift=None), 1)
+        chosen.sampling(TrainConfig(), SimpleNamespace(sampling_times=None), 1)

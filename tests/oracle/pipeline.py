@@ -1,55 +1,79 @@
-"""diffusers' FluxPipeline on the pipeline in miniature; `python -m tests.oracle.pipeline` writes the golden."""
+"""diffusers' pipelines on those in miniature; `python -m tests.oracle.pipeline` writes the golden."""
 
+import functools
 import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from egrpo_jax.models.vae import unpack_latents
 from egrpo_jax.rl.transitions import initial_noise, prompt_keys
-from tests import tiny_flux
+from tests import tiny_flux, tiny_sd3
+from tests.oracle.torchvision_shim import define_missing_operators
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pipeline.npz"
-PROMPTS = ["a red cat", "dog 7, 3", ""]
+PROMPTS = ["a red cat!", "dog 7, 3", ""]
 STEPS = 4
+GRID = (2, 2)
+FOLDERS = {
+    "flux_dev": tiny_flux.write_pipeline,
+    "flux_schnell": functools.partial(tiny_flux.write_pipeline, guidance=False),
+    "sd3_medium": tiny_sd3.write_pipeline,
+    "sd3_large": functools.partial(tiny_sd3.write_pipeline, config=tiny_sd3.LARGE),
+}
+"""All kinds of pipelines, by what writes a folder of each."""
 
 
-def first_noise(seed=0):
-    """What `sample --seed` starts from: packed latents `[P, N, D]`."""
-    return np.asarray(initial_noise(prompt_keys(jax.random.key(seed), 0, len(PROMPTS)), (4, 16)))
+def first_noise(channels, seed=0):
+    """What `sample --seed` starts from: packed latents `[P, N, channels]`."""
+    keys = prompt_keys(jax.random.key(seed), 0, len(PROMPTS))
+    return np.array(initial_noise(keys, (GRID[0] * GRID[1], channels)))
 
 
 def load(folder):
     """The pipeline in `folder`, by diffusers."""
-    from diffusers import FluxPipeline
+    define_missing_operators()
+    from diffusers import DiffusionPipeline
 
-    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def images(pipeline, guidance=3.5):
-    """Images `[P, H, W, 3]` in [0, 1] from our noise, on the pipeline's own grid."""
+def _flux(_):
+    return {"latents": first_noise(16), "guidance_scale": 3.5}
+
+
+def _sd3(pipeline):
+    guidance = 4.5 if pipeline.transformer.config.dual_attention_layers else 3.5
+    unpacked = np.array(unpack_latents(first_noise(16), GRID)).transpose(0, 3, 1, 2)
+    return {"latents": unpacked, "guidance_scale": guidance}
+
+
+ARGUMENTS = {"FluxPipeline": _flux, "StableDiffusion3Pipeline": _sd3}
+
+
+def images(pipeline):
+    """Images `[P, H, W, 3]` in [0, 1] from our noise, on the pipeline's own grid, guided as is published."""
     import torch
 
+    arguments = ARGUMENTS[type(pipeline).__name__](pipeline)
     return pipeline(
         PROMPTS,
         height=tiny_flux.SIZE,
         width=tiny_flux.SIZE,
         num_inference_steps=STEPS,
         max_sequence_length=tiny_flux.TEXT_TOKENS,
-        guidance_scale=guidance,
-        latents=torch.tensor(first_noise()),
         output_type="np",
+        **arguments | {"latents": torch.tensor(arguments["latents"])},
     ).images
 
 
 def cases():
-    """Images of the pipeline with guidance embedding (dev) and without (schnell)."""
+    """The images of every pipeline."""
     with tempfile.TemporaryDirectory() as folder:
-        dev = tiny_flux.write_pipeline(Path(folder) / "dev")
-        schnell = tiny_flux.write_pipeline(Path(folder) / "schnell", guidance=False)
-        return {"dev": images(load(dev)), "schnell": images(load(schnell))}
+        return {name: images(load(write(Path(folder) / name))) for name, write in FOLDERS.items()}
 
 
 if __name__ == "__main__":

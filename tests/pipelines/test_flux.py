@@ -1,4 +1,4 @@
-"""The FLUX.1 pipeline against diffusers' images, and everything that can be wrong with its folder."""
+"""The FLUX.1 pipeline, and everything that can be wrong with its folder."""
 
 import dataclasses
 import json
@@ -16,7 +16,6 @@ from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.common.offload import HOST
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.evaluation.sampler import Sampler
-from egrpo_jax.flow.grid import shifted_times
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import Export, ModelConfig, load_pipeline, load_writer
 from egrpo_jax.pipelines.published import DANCE_GRPO, FLOW_GRPO, LoraOptions, PublishedOptions
@@ -24,7 +23,7 @@ from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.weights.lora import save_lora
 from egrpo_jax.weights.published.flux import flux_layout
 from tests import tiny_flux
-from tests.oracle.pipeline import GOLDEN, PROMPTS, STEPS
+from tests.oracle.pipeline import PROMPTS, STEPS
 from tests.pipelines.test_base import Arrays, num_bytes
 
 MESH = make_mesh(MeshConfig())
@@ -49,19 +48,10 @@ def load(folder, **changes):
 
 def sample(pipeline):
     with jax.set_mesh(MESH):
-        times = shifted_times(STEPS, pipeline.sampling_shift(STEPS))
-        ((_, images),) = Sampler(pipeline, times, len(PROMPTS))(pipeline.load(MESH), PROMPTS, jax.random.key(0))
+        ((_, images),) = Sampler(pipeline, pipeline.sampling_times(STEPS), len(PROMPTS))(
+            pipeline.load(MESH), PROMPTS, jax.random.key(0)
+        )
         return images
-
-
-@pytest.mark.parametrize("name", ["dev", "schnell"])
-def test_images_are_those_of_diffusers(tmp_path, name):
-    folder = tiny_flux.write_pipeline(tmp_path / name, guidance=name == "dev")
-    with np.load(GOLDEN) as golden:
-        expected = golden[name]
-    images = sample(load(folder))
-    assert np.abs(images - expected).max() < 1e-4
-    assert expected.std() > 0.1
 
 
 def test_what_is_trained_and_how_it_is_stored(base):

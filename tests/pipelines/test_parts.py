@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.pipelines.families.schedule import scheduled_shift
+from egrpo_jax.pipelines.families.schedule import scheduled_times
 from egrpo_jax.pipelines.published import PublishedOptions
 from egrpo_jax.pipelines.published.model import read_model
 from egrpo_jax.weights.published.scheduler import read_scheduler
@@ -44,7 +44,9 @@ def check(folder, text=True):
 
 
 def published_shift(folder, image_tokens):
-    return scheduled_shift(read_scheduler(folder), image_tokens, 28)
+    """The shift that is seen in the middle of the grid, s / (1 + s)."""
+    _, middle, _ = scheduled_times(read_scheduler(folder), image_tokens, 2)
+    return middle / (1 - middle)
 
 
 def test_parts_that_fit(folder):

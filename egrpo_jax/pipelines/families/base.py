@@ -14,14 +14,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from egrpo_jax.common.errors import UserError
+from egrpo_jax.flow.grid import Times
 from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.parallel.rules import INTO_TENSOR, OUT_OF_TENSOR, Rules
-from egrpo_jax.pipelines.families.schedule import scheduled_shift
+from egrpo_jax.pipelines.families.schedule import scheduled_times
 from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import Layout
 
 Arrays = tuple[chex.Array, ...]
+
+_KERNEL = r"/kernel(/values)?$"  # the scales of kernels in int8 are small, and replicated
+PUBLISHED_RULES: Rules = (
+    (rf"(^|/)flow/.*(out|(ff|_in)/linear_2){_KERNEL}", OUT_OF_TENSOR),
+    (r"(^|/)(t5|qwen)/.*(out|mlp_out)/kernel$", OUT_OF_TENSOR),
+    (rf"(^|/)(flow|t5|qwen)/.*{_KERNEL}", INTO_TENSOR),
+    (r"(^|/)(t5|qwen)/tokens/embedding$", PartitionSpec("tensor", "fsdp")),
+    # Adapters split the axis that they share with the layer they adapt.
+    (r"(^|/)lora/.*/a$", PartitionSpec("fsdp", None)),
+    (r"(^|/)lora/.*/b$", PartitionSpec(None, "fsdp")),
+)
+"""For a transformer under `flow`, whose layers that write the residual stream are called `..out` or `..ff/linear_2`,
+its adapters, T5 and Qwen3. CLIP and the VAE, below 1 B parameters, are replicated. The moments of the optimizer and
+averages lie as their parameters do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +114,14 @@ class Family:
       token_channels: D of the latents.
       text: its text encoders.
       vae: the sizes of the published autoencoder.
-      shift: of the published time grid, by the scheduler's keys, image tokens and steps.
+      times: the published time grid, by the scheduler's keys, image tokens and steps.
       embeds_guidance: tells whether the guidance scale is an input.
       guidance: its published value, by sizes and the pipeline's model_index.json.
       unguided: the guidance at which a model without that input is not guided; None: it never is.
       max_side: the largest side of an image in tokens; None for any.
       rules: how the parameters are sharded: those of the transformer under `flow`, of text encoders under their names.
       blocks: a pattern of the transformer's kernels that can be stored as int8.
+      constants: a pattern of its parameters that are not trained, from the start of their paths; None if all are.
       presets: patterns of the layers that adapters are published for, by name; the first is the default.
     """
 
@@ -127,8 +142,9 @@ class Family:
     guidance: Callable[[Any, Mapping[str, Any]], float]
     unguided: float | None = None
     embeds_guidance: Callable[[Any], bool] = lambda _: False
-    shift: Callable[[Published, int, int], float] = scheduled_shift
+    times: Callable[[Published, int, int], Times] = scheduled_times
     max_side: Callable[[Any], int | None] = lambda _: None
+    constants: str | None = None
 
     def format_of(self, names: Iterable[str]) -> Format:
         """The format of a file with tensors of these names."""
@@ -148,31 +164,3 @@ class Family:
             return self.module(sizes).init(jax.random.key(0), latents, jnp.zeros(1), **inputs, grid=(1, 1))
 
         return jax.eval_shape(init)["params"]
-
-
-def published_rules(out: str) -> Rules:
-    """Rules for a transformer under `flow`, its adapters, and for T5 and Qwen3.
-
-    CLIP and the VAE, below 1 B parameters, are replicated. The moments of the optimizer and averages lie as their
-    parameters do.
-
-    Args:
-      out: a pattern that ends with the name of a layer of the transformer that writes the residual stream; all other
-        kernels read it.
-    """
-    kernel = r"/kernel(/values)?$"  # the scales of kernels in int8 are small, and replicated
-    return (
-        (rf"(^|/)flow/.*({out}){kernel}", OUT_OF_TENSOR),
-        (r"(^|/)(t5|qwen)/.*(out|mlp_out)/kernel$", OUT_OF_TENSOR),
-        (rf"(^|/)(flow|t5|qwen)/.*{kernel}", INTO_TENSOR),
-        (r"(^|/)(t5|qwen)/tokens/embedding$", PartitionSpec("tensor", "fsdp")),
-        # Adapters split the axis that they share with the layer they adapt.
-        (r"(^|/)lora/.*/a$", PartitionSpec("fsdp", None)),
-        (r"(^|/)lora/.*/b$", PartitionSpec(None, "fsdp")),
-    )
-
-
-def check_width(file: Path, key: str, found: int, expected: int, theirs: str) -> None:
-    """Raises UserError unless a text encoder's width, `key` in `file`, is the transformer's key `theirs`."""
-    if found != expected:
-        raise UserError(f"{file}: {key} is {found}; must be {expected}, the {theirs} of the transformer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.clip import ClipText
 from egrpo_jax.models.t5 import T5Encoder
 from egrpo_jax.pipelines.families.base import TextEncoder
@@ -33,14 +34,18 @@ def read_t5(folder: Path, tokenizer: Path, text_tokens: int) -> tuple[TextEncode
     return encoder, config.width
 
 
-def read_clip(folder: Path, tokenizer: Path) -> tuple[TextEncoder, int]:
-    """The text encoder of CLIP in `folder`, and its width.
+def read_clip(folder: Path, tokenizer: Path, projected: bool = False) -> tuple[TextEncoder, int, int]:
+    """The text encoder of CLIP in `folder`, one whose pooled state is `projected` or not, its width and the pooled one.
 
     Raises:
       UserError: as `read_t5`.
     """
-    published = read_config(folder, "CLIPTextModel")
-    config = clip.text_config_from_transformers(published)
+    if projected:
+        published = read_config(folder, "CLIPTextModelWithProjection")
+        config = clip.projected_text_config_from_transformers(published)
+    else:
+        published = read_config(folder, "CLIPTextModel")
+        config = clip.text_config_from_transformers(published)
     tokenize = load_clip_tokenizer(tokenizer)
     check_clip_ids(published, config, tokenize)
     encoder = TextEncoder(
@@ -50,4 +55,11 @@ def read_clip(folder: Path, tokenizer: Path) -> tuple[TextEncoder, int]:
         tokenize=lambda prompts: (tokenize(prompts),),
         ignored=clip.IGNORED,
     )
-    return encoder, config.transformer.width
+    width = config.transformer.width
+    return encoder, width, config.projection_dim or width
+
+
+def check_width(file: Path, key: str, found: int, expected: int, theirs: str) -> None:
+    """Raises UserError unless the width of a text encoder, `key` in `file`, is the transformer's, its key `theirs`."""
+    if found != expected:
+        raise UserError(f"{file}: {key} is {found}; must be {expected}, the {theirs} of the transformer")

@@ -15,12 +15,11 @@ from egrpo_jax.models.flux import Flux, FluxConfig, forward_flops
 from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.parallel.rules import INTO_TENSOR, OUT_OF_TENSOR, Rules
-from egrpo_jax.pipelines.families.base import Family, Format, Text, TextEncoder, check_width, published_rules
-from egrpo_jax.pipelines.families.encoders import read_clip, read_t5
+from egrpo_jax.pipelines.families.base import PUBLISHED_RULES, Family, Format, Text, TextEncoder
+from egrpo_jax.pipelines.families.encoders import check_width, read_clip, read_t5
 from egrpo_jax.weights.published import flux
 
-_OUT = r"image_out|text_out|out|(_ff|_in)/linear_2"
-TRANSFORMER_RULES: Rules = ((rf"({_OUT})/kernel$", OUT_OF_TENSOR), (r"(^|/)kernel$", INTO_TENSOR))
+TRANSFORMER_RULES: Rules = ((r"(out|(ff|_in)/linear_2)/kernel$", OUT_OF_TENSOR), (r"(^|/)kernel$", INTO_TENSOR))
 """For a pipeline whose parameters are the transformer's alone."""
 
 PRESETS = {
@@ -50,7 +49,7 @@ def _conditioning(sizes: FluxConfig, text_tokens: int, dtype: Any) -> FluxText:
 
 def _read_text(folder: Path, sizes: FluxConfig, text_tokens: int) -> Mapping[str, TextEncoder]:
     t5, t5_width = read_t5(folder / "text_encoder_2", folder / "tokenizer_2", text_tokens)
-    clip, clip_width = read_clip(folder / "text_encoder", folder / "tokenizer")
+    clip, clip_width, _ = read_clip(folder / "text_encoder", folder / "tokenizer")
     check_width(folder / "text_encoder_2/config.json", "d_model", t5_width, sizes.text_dim, "joint_attention_dim")
     check_width(
         folder / "text_encoder/config.json", "hidden_size", clip_width, sizes.pooled_dim, "pooled_projection_dim"
@@ -83,7 +82,7 @@ FLUX = Family(
         },
     ),
     vae=VaeConfig(),
-    rules=published_rules(_OUT),
+    rules=PUBLISHED_RULES,
     blocks=r"^(double|single)_blocks/.*/kernel$",
     presets=PRESETS,
     embeds_guidance=lambda sizes: sizes.guidance_embed,

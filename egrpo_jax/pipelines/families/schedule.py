@@ -1,20 +1,37 @@
-"""The shift of the time grid on which a published pipeline samples."""
+"""The time grids on which published pipelines sample."""
 
 from __future__ import annotations
 
 import math
 
-from egrpo_jax.flow.grid import resolution_shift
+import numpy as np
+
+from egrpo_jax.flow.grid import Times, resolution_shift, shift_times, shifted_times
 from egrpo_jax.weights.configs import Published
 
 
-def scheduled_shift(scheduler: Published, image_tokens: int, num_steps: int) -> float:
-    """A fixed shift, or one that grows with the image as that of FLUX.1, as the keys of `scheduler` say.
+def scheduled_times(scheduler: Published, image_tokens: int, num_steps: int) -> Times:
+    """Uniform times, shifted as the keys of `scheduler` say: by a fixed number, or as FLUX.1's, by the image's tokens.
 
     Raises:
-      UserError: the keys give none for images of `image_tokens`.
+      UserError: the keys give no shift for images of `image_tokens`.
     """
-    del num_steps
+    return shifted_times(num_steps, _shift(scheduler, image_tokens))
+
+
+def twice_shifted_times(scheduler: Published, image_tokens: int, num_steps: int) -> Times:
+    """The grid of a pipeline that leaves times to the scheduler of diffusers: from 1 to a thousandth, shifted, evenly
+    spaced, then shifted once more; and 0.
+
+    Raises:
+      UserError: as `scheduled_times`.
+    """
+    shift = _shift(scheduler, image_tokens)
+    last = shift_times(np.array(1 / scheduler["num_train_timesteps"]), shift)
+    return (*shift_times(np.linspace(1.0, last, num_steps), shift).tolist(), 0.0)
+
+
+def _shift(scheduler: Published, image_tokens: int) -> float:
     if not scheduler["use_dynamic_shifting"]:
         return scheduler["shift"]
     small, large = ((scheduler[f"{end}_image_seq_len"], scheduler[f"{end}_shift"]) for end in ("base", "max"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.models.attention import NEEDS, takes
-from egrpo_jax.models.lora import LoraConfig
+from egrpo_jax.models.lora import COLLECTION, LoraConfig
 from egrpo_jax.models.vae import VaeConfig
 from egrpo_jax.pipelines.families import Family, family_of, released
 from egrpo_jax.pipelines.published.options import PublishedOptions
@@ -89,6 +89,14 @@ class Model:
     def lora(self) -> LoraConfig | None:
         """The adapters that are trained, if any."""
         return None if self.options.lora is None else self.options.lora.adapters(self.family.presets)
+
+    @property
+    def trainable(self) -> str:
+        """A pattern of the paths of the parameters that training changes."""
+        if self.lora is not None:
+            return f"^{COLLECTION}/"
+        constants = self.family.constants
+        return "^flow/" if constants is None else f"^flow/(?!{constants})"
 
     @property
     def text_settings(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def published_pipeline(path: str, options: PublishedOptions) -> Pipeline:
         pipeline,
         read=functools.partial(read_params, model, folder, encode),
         encode=encode,
-        sampling_shift=lambda steps: model.family.shift(scheduler, pipeline.latents_shape[0], steps),
+        sampling_times=lambda steps: model.family.times(scheduler, pipeline.latents_shape[0], steps),
         known_prompts=store,
     )
 
@@ -99,7 +99,7 @@ def _describe(model: Model) -> Pipeline:
         latents_shape=model.latents_shape,
         rules=family.rules,
         dtype=jnp.dtype(options.dtype),
-        trainable=f"^{COLLECTION}/" if model.lora else "^flow/",
+        trainable=model.trainable,
         conditioning=model.conditioning,
         encoder_params={}
         if options.embeddings or options.offload_encoders

@@ -1,0 +1,152 @@
+"""Every family of published models, on a pipeline in miniature: diffusers' images, what is loaded and stored."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from egrpo_jax.common.errors import ConfigError, UserError
+from egrpo_jax.data.embeddings import write_embeddings
+from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
+from egrpo_jax.pipelines import ModelConfig, load_encoder, load_pipeline, sketch_pipeline
+from egrpo_jax.pipelines.families import FAMILIES, released
+from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
+from tests import tiny_flux
+from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS
+from tests.pipelines.test_base import Arrays, num_bytes
+
+MESH = make_mesh(MeshConfig())
+SIZE = tiny_flux.SIZE
+OPTIONS = PublishedOptions(height=SIZE, width=SIZE, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32")
+GUIDED = ["sd3_medium"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {name: write(root / name) for name, write in FOLDERS.items()}
+
+
+def model(folder, **changes):
+    return ModelConfig("published", str(folder), dataclasses.replace(OPTIONS, **changes))
+
+
+def images(pipeline, params=None, prompts=PROMPTS):
+    with jax.set_mesh(MESH):
+        sampler = Sampler(pipeline, pipeline.sampling_times(STEPS), len(prompts))
+        ((_, made),) = sampler(pipeline.load(MESH) if params is None else params, prompts, jax.random.key(0))
+        return made
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_images_are_those_of_diffusers(folders, name):
+    with np.load(GOLDEN) as golden:
+        expected = golden[name]
+    assert np.abs(images(load_pipeline(model(folders[name]))) - expected).max() < 1e-4
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_parameters_are_held_once_and_as_promised(folders, name, lora):
+    pipeline = load_pipeline(model(folders[name], dtype="bfloat16", lora=lora))
+    with Arrays() as arrays:
+        params = pipeline.load(MESH)
+    texts = 0 if "negative" not in params else num_bytes(jax.eval_shape(lambda: params["negative"]))
+    assert num_bytes(pipeline.abstract_params) <= arrays.num_bytes
+    assert texts or arrays.num_bytes == num_bytes(pipeline.abstract_params)  # else text encoders stay, too
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    assert described == pipeline.abstract(MESH)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_stored_embeddings_give_the_same_images(folders, name, tmp_path):
+    config = model(folders[name])
+    encoder = load_encoder(config)
+    with jax.set_mesh(MESH):
+        encode = lambda part: {key: np.asarray(array) for key, array in encoder(part)._asdict().items()}
+        write_embeddings(tmp_path, [*encoder.always, *PROMPTS], encode, encoder.settings, 2, 2)
+    stored = load_pipeline(model(folders[name], embeddings=str(tmp_path)))
+    chex.assert_trees_all_close(images(stored), images(load_pipeline(config)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_adapters_by_the_usual_names_are_found(folders, name):
+    pipeline = load_pipeline(model(folders[name], lora=LoraOptions(rank=2)))
+    assert jax.tree.leaves(pipeline.abstract_params["lora"])
+    assert pipeline.trainable == "^lora/"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_preset_names_layers(folders, name):
+    (family,) = (f for f in FAMILIES.values() if f.class_name == _class_name(folders[name]))
+    for preset in family.presets:
+        load_pipeline(model(folders[name], lora=LoraOptions((preset,), rank=2)))
+
+
+def _class_name(folder):
+    return json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_is_two_passes_and_can_be_left_out(folders, name):
+    guided, plain = load_pipeline(model(folders[name])), load_pipeline(model(folders[name], guidance=1.0))
+    assert (guided.passes, plain.passes) == (2, 1)
+    assert guided.forward_flops == 2 * plain.forward_flops
+    assert guided.training_flops == 2 * plain.training_flops
+    assert "negative" not in plain.abstract_params
+    assert np.abs(images(guided) - images(plain)).max() > 0.05
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_away_from_the_prompt_itself_is_not_guided(folders, name):
+    prompts = ["a red cat"] * 2
+    plain = images(load_pipeline(model(folders[name], guidance=1.0)), prompts=prompts)
+    guided = images(load_pipeline(model(folders[name], guidance=9.0, negative="a red cat")), prompts=prompts)
+    np.testing.assert_allclose(guided, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_negative_prompt_that_is_not_stored(folders, name, tmp_path):
+    encoder = load_encoder(model(folders[name]))
+    with jax.set_mesh(MESH):
+        encode = lambda part: {key: np.asarray(array) for key, array in encoder(part)._asdict().items()}
+        write_embeddings(tmp_path, PROMPTS[:1], encode, encoder.settings, 1, 1)
+    with pytest.raises(ConfigError, match=r"published\.embeddings: .* a folder with the negative prompt '': encode"):
+        load_pipeline(model(folders[name], embeddings=str(tmp_path)))
+
+
+def test_a_table_of_positions_is_not_trained(folders):
+    pipeline = load_pipeline(model(folders["sd3_medium"]))
+    frozen = pipeline.load_frozen(MESH)["flow"]
+    assert {key for key, part in frozen.items() if jax.tree.leaves(part)} == {"positions"}
+
+
+def test_more_places_than_there_are_positions(folders):
+    with pytest.raises(ConfigError, match=r"published\.height: found 112, expected at most 96"):
+        load_pipeline(model(folders["sd3_medium"], height=112))
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "blocks"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "FLUX.1", 19),
+        ("stabilityai/stable-diffusion-3.5-medium", "SD3.5", 24),
+        ("stabilityai/stable-diffusion-3.5-large", "SD3.5", 38),
+    ],
+)
+def test_published_models_are_known_by_their_names(name, family, blocks):
+    found, sizes = released(name)
+    assert found.name == family
+    assert blocks in vars(sizes).values()
+    pipeline = sketch_pipeline(ModelConfig("published", name, PublishedOptions(height=512, width=512)))
+    assert pipeline.forward_flops > 1e12
+
+
+def test_a_model_that_is_not_known():
+    with pytest.raises(UserError, match=r"org/x does not exist, and is not the name of a known model, of FLUX\.1, "):
+        sketch_pipeline(ModelConfig("published", "org/x"))
