@@ -12,6 +12,7 @@ from egrpo_jax.models.t5 import T5Config, T5Encoder
 from egrpo_jax.models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatures
 from egrpo_jax.models.towers import Tower, TowerConfig
 from egrpo_jax.models.vae import Vae, VaeConfig, latents_to_images, micro_batched, tiled
+from egrpo_jax.models.z_image import ZImage, ZImageConfig
 
 __all__ = [
     "Backend",
@@ -39,6 +40,8 @@ __all__ = [
     "TransformerConfig",
     "Vae",
     "VaeConfig",
+    "ZImage",
+    "ZImageConfig",
     "apply_lora",
     "apply_rope",
     "attention",

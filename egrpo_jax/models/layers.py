@@ -87,16 +87,18 @@ def sinusoid(value: chex.Array) -> chex.Array:
 
 
 class Embedder(nn.Module):
-    """Linear, SiLU, linear: `[..., C]` to `[..., width]`."""
+    """Linear to `inner` channels, `width` if there is none, SiLU, linear: `[..., C]` to `[..., width]`."""
 
     width: int
     dtype: Dtype
     param_dtype: Dtype
+    inner: int | None = None
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Linear(self.width, name="linear_2", **common)(silu(Linear(self.width, name="linear_1", **common)(x)))
+        hidden = Linear(self.inner or self.width, name="linear_1", **common)(x)
+        return Linear(self.width, name="linear_2", **common)(silu(hidden))
 
 
 class FeedForward(nn.Module):
