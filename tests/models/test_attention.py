@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 
 from egrpo_jax.models.attention import (
     _choose,
+    _cudnn,
     _head_by_head,
     _splash,
     _xla_attention,
@@ -119,13 +120,77 @@ def test_head_by_head_is_attention(dtype):
     assert max(errors(got, expected)) < (1e-5 if dtype == jnp.float32 else 2**-8)
 
 
+LENGTHS = jnp.array([150, 37], jnp.int32)
+BACKENDS = {
+    "attention": attention,
+    "splash": splash,
+    "head_by_head": _head_by_head,
+    "cudnn": _cudnn,
+}
+
+
+@pytest.fixture
+def cudnn_anywhere(monkeypatch):
+    """jax's formula instead of the kernel; the gradients of keys that the kernel skips are NaN, as they may be."""
+    plain = jax.nn.dot_product_attention
+
+    def dot_product_attention(query, key, value, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        within = (jnp.arange(key.shape[1]) < key_value_seq_lengths[:, None])[..., None, None]
+
+        @jax.custom_vjp
+        def undefined(x):
+            return x
+
+        undefined.defvjp(lambda x: (x, None), lambda _, g: (jnp.where(within, g, jnp.nan),))
+        return plain(query, undefined(key), undefined(value), key_value_seq_lengths=key_value_seq_lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+
+
+@pytest.mark.usefixtures("cudnn_anywhere")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_beyond_lengths_are_not_there(backend):
+    """A sample's result, and all of its gradients, are those of its keys alone; no gradient goes beyond them."""
+    query, key, value, cotangent = random_heads(70, 150)
+    with_lengths = lambda *heads: BACKENDS[backend](*heads, lengths=LENGTHS)
+    got = with_gradients(with_lengths, query, key, value, cotangent)
+    for sample, length in enumerate(LENGTHS.tolist()):
+        own, cut = slice(sample, sample + 1), slice(0, length)
+        arrays = (query[own], key[own, cut], value[own, cut], cotangent[own])
+        expected = with_gradients(_xla_attention, *arrays)
+        parts = (got[0][own], got[1][own], got[2][own, cut], got[3][own, cut])
+        assert max(errors(parts, expected)) < 1e-5
+        for gradient in got[2:]:
+            np.testing.assert_array_equal(gradient[sample, length:], 0)
+
+
+@pytest.mark.usefixtures("cudnn_anywhere")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_lengths_change_nothing(backend):
+    query, key, value, _ = random_heads(70, 150)
+    full = jax.jit(BACKENDS[backend])(query, key, value, lengths=jnp.full(2, 150, jnp.int32))
+    chex.assert_trees_all_close(full, _xla_attention(query, key, value), atol=1e-5)
+
+
+def test_lengths_narrow_a_mask():
+    query, key, value, _ = random_heads(5, 8)
+    mask = jnp.arange(8) != 1
+    both = attention(query, key, value, mask, lengths=jnp.array([3, 8]))
+    chex.assert_trees_all_close(both[0], attention(query, key, value, mask & (jnp.arange(8) < 3))[0], atol=1e-6)
+    chex.assert_trees_all_close(both[1], attention(query, key, value, mask)[1], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("tokens", "masked", "expected"), [(512, False, True), (511, False, False), (512, True, False)]
 )
 def test_a_cpu_goes_head_by_head_where_sequences_are_long(tokens, masked, expected):
     heads = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32)
     mask = jnp.ones((tokens, tokens), bool) if masked else None
-    assert ("scan[" in str(jax.make_jaxpr(lambda q: attention(q, q, q, mask))(heads))) == expected
+    ends = jnp.ones(1, jnp.int32)
+    for lengths in (None, ends):
+        traced = jax.make_jaxpr(lambda q, lengths=lengths: attention(q, q, q, mask, lengths=lengths))(heads)
+        assert ("scan[" in str(traced)) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,19 +221,21 @@ def test_what_is_asked_for_and_cannot_run_is_refused():
             jax.eval_shape(lambda q, backend=backend: attention(q, q, q, backend=backend), heads)
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("manual", [(), ("data",), ("data", "fsdp"), AXES])
-def test_splash_lowers_for_a_tpu_whatever_axes_are_automatic(manual):
+def test_splash_lowers_for_a_tpu_whatever_axes_are_automatic(manual, given):
     """Its heads are spread over them: a device has a half or a quarter of the four."""
     heads = jax.ShapeDtypeStruct((2, 600, 4, 64), jnp.bfloat16)
-    loss = lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32) if given else None
+    loss = lambda q, k, v, lengths: attention(q, k, v, lengths=lengths).astype(jnp.float32).sum()
     gradients = jax.grad(loss, argnums=(0, 1, 2))
     with tpu_mesh(1, 2, 2):
         if manual:
             spec = PartitionSpec(("data", "fsdp")[: len(manual)])
             gradients = jax.shard_map(
-                gradients, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(manual), check_vma=False
+                gradients, in_specs=(spec,) * 4, out_specs=spec, axis_names=set(manual), check_vma=False
             )
-        text = jax.jit(gradients).trace(heads, heads, heads).lower(lowering_platforms=("tpu",)).as_text()
+        text = jax.jit(gradients).trace(heads, heads, heads, lengths).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.custom_call @tpu_custom_call") == 3
     batch, on_each = (1 if "fsdp" in manual else 2), {0: 1, 1: 1, 2: 2, 3: 4}[len(manual)]
     assert f"tensor<{batch}x{on_each}x1024x64xbf16>" in text
@@ -233,6 +300,8 @@ def test_entropy_of_attention():
     np.testing.assert_allclose(attention_entropy(1e4 * query, key), 0, atol=1e-3)
     two = jnp.arange(5)[None, None, None] < 2
     np.testing.assert_allclose(attention_entropy(0 * query, key, two), np.log(2) / np.log(5), rtol=1e-6)
+    lengths = jnp.array([2, 3])
+    np.testing.assert_allclose(attention_entropy(0 * query, key, lengths=lengths), np.log(6) / np.log(25), rtol=1e-6)
 
 
 def test_entropy_is_recorded_of_what_is_traced_meanwhile():
@@ -243,6 +312,11 @@ def test_entropy_is_recorded_of_what_is_traced_meanwhile():
         jax.effects_barrier()
     assert len(heard) == 3
     np.testing.assert_allclose(heard[0], attention_entropy(x, x), rtol=1e-6)
+    lengths = jnp.array([2])
+    with recorded_entropy(heard.append):
+        jax.block_until_ready(attention(x, x, x, lengths=lengths))
+        jax.effects_barrier()
+    np.testing.assert_allclose(heard.pop(), attention_entropy(x, x, lengths=lengths), rtol=1e-6)
     jax.block_until_ready(jax.jit(lambda x: scanned(2 * x))(x))
     jax.effects_barrier()
     assert len(heard) == 3
