@@ -138,7 +138,7 @@ def _at(positions: chex.Array, count: int, first: np.ndarray, table: np.ndarray)
 
 
 class SwiGLU(nn.Module):
-    """Linear layers without bias to twice `inner` channels, silu(first) * third, linear back: `[..., D]`."""
+    """Two linear layers to `inner` channels, silu(first) * third, linear back; no biases: `[..., D]` to `[..., D]`."""
 
     inner: int
     dtype: Dtype

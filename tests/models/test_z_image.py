@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.models.attention import rope_table
+from egrpo_jax.models.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from egrpo_jax.models.z_image import ZImage, ZImageConfig, forward_flops, padded, rope_tables
 from tests.oracle import z_image as oracle
 
@@ -96,6 +97,7 @@ def test_published_flops(pixels, text, tera):
     assert main < flops < 1.08 * main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["projections", "blocks"])
 def test_remat_changes_nothing_but_memory(remat):
     model, args = ZImage(SMALL, remat=remat), inputs()
@@ -160,6 +162,21 @@ def test_text_beyond_a_prompt_has_no_gradient():
     for sample, length in enumerate(lengths.tolist()):
         np.testing.assert_array_equal(by_text[sample, length:], 0)
         assert (jnp.abs(by_text[sample, :length]).max(-1) > 0).all()
+
+
+def test_adapters_of_every_stack_act_as_merged_weights_do():
+    config = LoraConfig(rank=2, alpha=3, targets=(r"/(qkv/to_[qkv]|out|ff/linear_[123])$",))
+    params, args = variables()["params"], inputs()
+    lora = init_lora(jax.random.key(1), params, config)
+    assert len(lora) == 3
+    lora = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), lora)
+    scale = config.scale
+    adapted = jax.jit(
+        lambda lora: apply_lora(ZImage(SMALL), {"params": params, "lora": lora}, *args, grid=GRID, scale=scale)
+    )(lora)
+    merged = velocity(ZImage(SMALL), {"params": merge_lora(params, lora, scale)}, *args)
+    chex.assert_trees_all_close(adapted, merged, atol=1e-4)
+    assert float(jnp.abs(merged - velocity(ZImage(SMALL), variables(), *args)).max()) > 1e-2
 
 
 def test_where_tokens_lie():
