@@ -1,7 +1,7 @@
 """Flows: time grids, random steps and their entropy, one transition, and the ODE's solvers."""
 
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, noise_by_entropy
-from egrpo_jax.flow.grid import Times, resolution_shift, shifted_times
+from egrpo_jax.flow.grid import Times, empirical_shift, resolution_shift, shifted_times
 from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode, Process
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver, VelocityFn, solve, solve_path, tail_steps
 from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
@@ -22,6 +22,7 @@ __all__ = [
     "Times",
     "VelocityFn",
     "draw",
+    "empirical_shift",
     "euler_step",
     "exp_entropy",
     "log_prob",

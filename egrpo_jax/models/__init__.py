@@ -4,6 +4,7 @@ from egrpo_jax.models.attention import Backend, apply_rope, attention, rope_tabl
 from egrpo_jax.models.blip import Blip, BlipConfig
 from egrpo_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig, TransformerConfig
 from egrpo_jax.models.flux import Flux, FluxConfig
+from egrpo_jax.models.flux2 import Flux2, Flux2Config
 from egrpo_jax.models.layers import Remat, StackConfig
 from egrpo_jax.models.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from egrpo_jax.models.patches import latents_to_pixels, pixels_to_latents
@@ -24,6 +25,8 @@ __all__ = [
     "ClipTextConfig",
     "ClipVisionConfig",
     "Flux",
+    "Flux2",
+    "Flux2Config",
     "FluxConfig",
     "LoraConfig",
     "Remat",

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from egrpo_jax.models.attention import Backend, apply_rope, attention, rope_table
+from egrpo_jax.models.attention import Backend, rope_table
 from egrpo_jax.models.layers import (
     QKV,
     TIME_FEATURES,
@@ -27,6 +27,7 @@ from egrpo_jax.models.layers import (
     Remat,
     gelu,
     modulate,
+    rotate_and_attend,
     scan_blocks,
     sinusoid,
 )
@@ -80,18 +81,6 @@ def position_ids(text_tokens: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.zeros((text_tokens, 3), image.dtype), image])
 
 
-def _rotate_and_attend(
-    query: chex.Array,
-    key: chex.Array,
-    value: chex.Array,
-    rope: tuple[chex.Array, chex.Array],
-    backend: Backend,
-) -> chex.Array:
-    """Attention of heads `[B, N, H, head_dim]` at their positions, heads joined: `[B, N, D]`."""
-    mixed = attention(apply_rope(query, *rope), apply_rope(key, *rope), value, backend=backend)
-    return mixed.reshape(*mixed.shape[:2], -1)
-
-
 class DoubleBlock(nn.Module):
     """A block with separate weights for image and text, attending jointly."""
 
@@ -116,7 +105,7 @@ class DoubleBlock(nn.Module):
         image_qkv = QKV(*heads, name="image_qkv", **common)(modulate(image, image_mod[0], image_mod[1]))
         text_qkv = QKV(*heads, name="text_qkv", **common)(modulate(text, text_mod[0], text_mod[1]))
         query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        mixed = _rotate_and_attend(query, key, value, rope, self.attention)
+        mixed = rotate_and_attend(query, key, value, rope, self.attention)
         text_mixed, image_mixed = jnp.split(mixed, [text.shape[1]], axis=1)
 
         image = image + image_mod[2] * Linear(width, name="image_out", **common)(image_mixed)
@@ -145,7 +134,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = Modulation(3, width, name="modulation", **common)(vector)
         hidden = modulate(x, shift, scale)
         query, key, value = QKV(config.num_heads, config.head_dim, name="qkv", **common)(hidden)
-        mixed = _rotate_and_attend(query, key, value, rope, self.attention)
+        mixed = rotate_and_attend(query, key, value, rope, self.attention)
         mlp = gelu(Linear(config.mlp_ratio * width, name="mlp", **common)(hidden))
         joined = jnp.concatenate([mixed, mlp], axis=-1)
         return x + gate * Linear(width, name="out", **common)(joined), None

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from egrpo_jax.models.attention import Backend, apply_rope, attention
 from egrpo_jax.models.lora import COLLECTION
 
 Dtype = Any
@@ -93,10 +94,11 @@ class Embedder(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     inner: int | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
-        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        common = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = Linear(self.inner or self.width, name="linear_1", **common)(x)
         return Linear(self.width, name="linear_2", **common)(silu(hidden))
 
@@ -122,11 +124,13 @@ class Modulation(nn.Module):
     width: int
     dtype: Dtype
     param_dtype: Dtype
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, vector: chex.Array) -> list[chex.Array]:
         linear = Linear(
             self.chunks * self.width,
+            self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=nn.initializers.zeros,
@@ -157,6 +161,18 @@ class QKV(nn.Module):
             return nn.RMSNorm(epsilon=self.epsilon, name=name, **common)
 
         return norm("norm_q")(heads("to_q")), norm("norm_k")(heads("to_k")), heads("to_v")
+
+
+def rotate_and_attend(
+    query: chex.Array,
+    key: chex.Array,
+    value: chex.Array,
+    rope: tuple[chex.Array, chex.Array],
+    backend: Backend,
+) -> chex.Array:
+    """Attention of heads `[B, N, H, head_dim]` at their positions, heads joined: `[B, N, D]`."""
+    mixed = attention(apply_rope(query, *rope), apply_rope(key, *rope), value, backend=backend)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 @dataclasses.dataclass(frozen=True)

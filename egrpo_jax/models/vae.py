@@ -1,9 +1,9 @@
-"""The decoder of the FLUX.1 autoencoder (Black Forest Labs) as pure Flax Linen modules, and its latents.
+"""The decoders of the autoencoders of FLUX.1, FLUX.2 and SD3.5 as pure Flax Linen modules, and their latents.
 
-The architecture is that of `AutoencoderKL` in diffusers without quantisation convolutions; reinforcement learning only
-decodes. Images are `[B, height, width, 3]`, latents `[B, h, w, C]` with h = height / 8 and w = width / 8, and the flow
-model sees 2x2 patches of latents as tokens: `unpack_latents`. `micro_batched` and `tiled` wrap a decoder to bound its
-memory.
+The architecture is that of `AutoencoderKL` in diffusers without quantisation convolutions, or of `AutoencoderKLFlux2`;
+reinforcement learning only decodes. Images are `[B, height, width, 3]`, latents `[B, h, w, C]` with h = height / 8 and
+w = width / 8, and the flow model sees 2x2 patches of latents, scaled, as tokens: `Vae.unpack`. `micro_batched` and
+`tiled` wrap a decoder to bound its memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class VaeConfig:
     49,545,475 parameters.
 
     Attributes:
-      block_out_channels: width of each level, full resolution first; all levels but the last halve height and width.
+      block_out_channels: width of each level of the decoder, full resolution first; every further one has half the
+        height and width.
       layers_per_block: residual blocks of a level of the encoder; the decoder has one more.
       latent_channels: C of the latents.
       norm_num_groups: groups of every group norm.
       scaling_factor, shift_factor: the flow model's latents are `(z - shift_factor) * scaling_factor`.
+      use_post_quant_conv: the decoder begins with a linear layer over the channels of latents.
+      batch_norm_eps: if set, the flow model's tokens are scaled by a mean and a variance of each channel instead, which
+        are parameters; this is added to the variance.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -41,6 +45,8 @@ class VaeConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
+    use_post_quant_conv: bool = False
+    batch_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
@@ -138,6 +144,8 @@ class Decoder(_Part):
     @nn.compact
     def __call__(self, latents: chex.Array) -> chex.Array:
         levels = self.config.block_out_channels[::-1]
+        if self.config.use_post_quant_conv:
+            latents = self.dense(self.config.latent_channels, "post_quant")(latents)
         x = Middle(name="middle", **self.common)(self.conv(levels[0], "conv_in")(latents))
         for index, channels in enumerate(levels):
             x = Level(channels=channels, count=self.config.layers_per_block + 1, name=f"up_{index}", **self.common)(x)
@@ -147,7 +155,10 @@ class Decoder(_Part):
 
 
 class Vae(nn.Module):
-    """The autoencoder as far as it is needed: its decoder, with parameters under `decoder` as in the published tensors.
+    """The autoencoder as far as it is needed: its decoder, and the scale of its latents.
+
+    Parameters are under `decoder`, as in the published tensors; `latent_mean` and `latent_variance`, both `[4 C]`, are
+    beside it if `config.batch_norm_eps` is set.
 
     Attributes:
       config: the sizes.
@@ -159,12 +170,27 @@ class Vae(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """The parts, whichever method is called: initialising by `decode` gives the statistics too."""
+        self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
+        if self.config.batch_norm_eps is not None:
+            like = ((4 * self.config.latent_channels,), self.param_dtype)
+            self.latent_mean = self.param("latent_mean", nn.initializers.zeros, *like)
+            self.latent_variance = self.param("latent_variance", nn.initializers.ones, *like)
+
+    def unpack(self, tokens: chex.Array, grid: tuple[int, int]) -> chex.Array:
+        """Unscaled latents `[B, h, w, C]` of the tokens `[B, N, 4 C]` that a flow model makes; see `unpack_latents`."""
+        if self.config.batch_norm_eps is None:
+            unscaled = tokens / self.config.scaling_factor + self.config.shift_factor
+        else:
+            deviation = jnp.sqrt(self.latent_variance.astype(jnp.float32) + self.config.batch_norm_eps)
+            unscaled = tokens * deviation + self.latent_mean
+        return unpack_latents(unscaled, grid)
+
     def decode(self, latents: chex.Array) -> chex.Array:
         """Images `[B, height, width, 3]`, about [-1, 1] but not clipped, of unscaled `latents [B, h, w, C]`."""
         chex.assert_shape(latents, (None, None, None, self.config.latent_channels))
-        decoder = Decoder(self.config, self.dtype, self.param_dtype, name="decoder")
-        return decoder(latents).astype(jnp.float32)
+        return self.decoder(latents).astype(jnp.float32)
 
 
 def unpack_latents(tokens: chex.Array, grid: tuple[int, int]) -> chex.Array:
@@ -182,20 +208,9 @@ Decode = Callable[[chex.Array], chex.Array]
 """A decoder with its parameters: unscaled latents `[B, h, w, C]` to images `[B, height, width, 3]` in [-1, 1]."""
 
 
-def latents_to_images(decode: Decode, latents: chex.Array, grid: tuple[int, int], config: VaeConfig) -> chex.Array:
-    """Images of the latents that a flow model makes.
-
-    Args:
-      decode: for instance `lambda z: vae.apply({"params": params}, z, method="decode")`.
-      latents: packed and scaled, `[B, rows * columns, 4 C]`.
-      grid: rows and columns of tokens.
-      config: that of the autoencoder.
-
-    Returns:
-      Images `[B, height, width, 3]`, clipped to [0, 1].
-    """
-    unscaled = unpack_latents(latents, grid) / config.scaling_factor + config.shift_factor
-    return jnp.clip(decode(unscaled) / 2 + 0.5, 0, 1)
+def latents_to_images(decode: Decode, latents: chex.Array) -> chex.Array:
+    """Images `[B, height, width, 3]`, clipped to [0, 1], of unscaled `latents [B, h, w, C]`, as `Vae.unpack` gives."""
+    return jnp.clip(decode(latents) / 2 + 0.5, 0, 1)
 
 
 def micro_batched(decode: Decode, size: int) -> Decode:
@@ -266,11 +281,13 @@ def _blend(before: chex.Array, after: chex.Array, overlap: int, axis: int) -> ch
 def decoder_flops(config: VaeConfig, rows: int, columns: int) -> int:
     """Floating-point operations of decoding latents `[rows, columns, C]`; a multiply-add is two.
 
-    Counts convolutions, linear layers and attention: 2.51e12 for an image of 512x512 pixels, 10.47e12 for 1024x1024.
+    Counts convolutions, linear layers and attention: 2.51e12 for an image of 512x512 pixels by FLUX.1's, 10.47e12 for
+    1024x1024.
     """
     levels = config.block_out_channels[::-1]
     pixels, channels = rows * columns, levels[0]
     flops = pixels * _conv_flops(config.latent_channels, channels)
+    flops += pixels * 2 * config.latent_channels**2 * config.use_post_quant_conv
     flops += pixels * (2 * _resnet_flops(channels, channels) + 8 * channels**2 + 4 * pixels * channels)  # middle
     for index, out in enumerate(levels):
         flops += pixels * (_resnet_flops(channels, out) + config.layers_per_block * _resnet_flops(out, out))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from egrpo_jax.flow.grid import ends, resolution_shift, respaced_times, shifted_times, steps_left
+from egrpo_jax.flow.grid import empirical_shift, ends, resolution_shift, respaced_times, shifted_times, steps_left
 
 TIMES = shifted_times(16, 3.0)
 
@@ -34,6 +34,27 @@ def test_flux_shifts_by_resolution(tokens, shift):
 def test_grid_of_the_published_pipeline():
     expected = [1, 0.9045, 0.7595, 0.5128, 0]
     np.testing.assert_allclose(shifted_times(4, resolution_shift(4096)), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "mu", "shift"),
+    [
+        (1024, 4, 2.03069, 7.619),
+        (1024, 50, 1.70196, 5.485),
+        (2025, 16, 2.03499, 7.652),
+        (4096, 4, 2.29118, 9.887),
+        (4096, 50, 2.02335, 7.564),
+        (4301, 50, 1.18470, 3.270),
+    ],
+)
+def test_flux2_shifts_by_resolution_and_steps(tokens, steps, mu, shift):
+    np.testing.assert_allclose(math.log(empirical_shift(tokens, steps)), mu, atol=5e-6)
+    np.testing.assert_allclose(empirical_shift(tokens, steps), shift, atol=5e-4)
+
+
+def test_grid_of_the_published_flux2_pipeline():
+    expected = [1, 0.96738, 0.90814, 0.7672, 0]
+    np.testing.assert_allclose(shifted_times(4, empirical_shift(4096, 4)), expected, atol=5e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

@@ -1,5 +1,6 @@
 """The decoder against the published one (golden files), its latents, its memory savers, its operations counted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.vae import vae_layout
 from tests.layouts import import_tensors
 from tests.oracle.random_weights import random_tensors
-from tests.oracle.vae import CASES, GOLDEN, inputs
+from tests.oracle.vae import CASES, FLUX2, GOLDEN, inputs, tokens
 
 SMALL = VaeConfig(block_out_channels=(4, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2)
 
@@ -49,7 +50,13 @@ def decoder(config, dtype=jnp.float32):
 
 def our_outputs(case, dtype=jnp.float32, seed=7):
     """The same names as `tests.oracle.vae.outputs`."""
-    return {"images": decoder(case.config, dtype)(inputs(case, seed))}
+    decode = decoder(case.config, dtype)
+    images = {"images": decode(inputs(case, seed))}
+    if case.config.batch_norm_eps is not None:
+        variables = {"params": random_params(case.config, dtype)}
+        latents = Vae(case.config, dtype, dtype).apply(variables, tokens(case, seed), case.grid, method="unpack")
+        images["token_images"] = latents_to_images(decode, latents)
+    return images
 
 
 def golden(name):
@@ -118,12 +125,25 @@ def test_order_of_tokens_by_hand():
         unpack_latents(tokens, (2, 2))
 
 
-def test_latents_to_images_scales_and_clips():
+def test_latents_to_images_clips():
+    latents = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    np.testing.assert_allclose(latents_to_images(lambda z: z, latents), np.clip((latents + 1) / 2, 0, 1), atol=1e-6)
+
+
+def test_two_numbers_scale_latents():
     config = VaeConfig(latent_channels=3, scaling_factor=0.5, shift_factor=0.25)
-    tokens = jax.random.normal(jax.random.key(0), (2, 6, 12))
-    images = latents_to_images(lambda z: z, tokens, (2, 3), config)
-    unscaled = unpack_latents(tokens, (2, 3)) / 0.5 + 0.25
-    np.testing.assert_allclose(images, np.clip((unscaled + 1) / 2, 0, 1), atol=1e-6)
+    packed = jax.random.normal(jax.random.key(0), (2, 6, 12))
+    latents = Vae(config).apply({}, packed, (2, 3), method="unpack")
+    np.testing.assert_allclose(latents, unpack_latents(packed, (2, 3)) / 0.5 + 0.25, atol=1e-6)
+
+
+def test_statistics_scale_the_channels_of_tokens():
+    """Each place of a patch has its own; the variance, as small as epsilon or even zero, is summed with it."""
+    config = dataclasses.replace(FLUX2, latent_channels=1, batch_norm_eps=1e-4)
+    params = {"latent_mean": jnp.array([0.0, 1, 2, 3]), "latent_variance": jnp.array([0.0, 3e-4, 1, 9])}
+    packed = np.ones((1, 1, 4), np.float32)
+    latents = Vae(config).apply({"params": params}, packed, (1, 1), method="unpack")
+    np.testing.assert_allclose(latents[0, :, :, 0], [[0.01, 1.02], [3.00005, 6.0000167]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -133,9 +153,17 @@ def test_micro_batches_change_nothing(size):
     np.testing.assert_allclose(jax.jit(micro_batched(decode, size))(latents), decode(latents), atol=1e-5)
 
 
-def test_published_parameter_count():
-    params = decoder_shapes(VaeConfig())
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 49_545_475
+SMALL_DECODER = dataclasses.replace(FLUX2, block_out_channels=(96, 192, 384, 384))
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(VaeConfig(), 49_545_475), (FLUX2, 49_620_515), (SMALL_DECODER, 27_947_491)],
+    ids=["flux", "flux2", "flux2_small_decoder"],
+)
+def test_published_parameter_counts(config, count):
+    """FLUX.2's counted with the statistics of its latents."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(decoder_shapes(config))) == count
 
 
 def test_sizes_are_checked():
@@ -162,7 +190,16 @@ def counted_flops(jaxpr):
 
 @pytest.mark.parametrize(
     ("config", "size", "teraflops"),
-    [(VaeConfig(), (64, 64), 2.51), (VaeConfig(), (128, 128), 10.47), (SMALL, (3, 5), 0)],
+    [
+        (VaeConfig(), (64, 64), 2.51),
+        (VaeConfig(), (128, 128), 10.47),
+        (FLUX2, (64, 64), 2.52),
+        (FLUX2, (128, 128), 10.47),
+        (SMALL_DECODER, (64, 64), 1.42),
+        (SMALL_DECODER, (128, 128), 6.00),
+        (SMALL, (3, 5), 0),
+        (CASES["flux2"].config, (3, 5), 0),
+    ],
 )
 def test_operations_of_the_decoder(config, size, teraflops):
     """Against the published size's known cost, and against a count from the shapes of the traced decoder."""

@@ -153,10 +153,11 @@ def _apply(
 
 
 def _decode(vae: Vae, options: PublishedOptions, grid: tuple[int, int], params: Any, latents: chex.Array) -> chex.Array:
-    decode = lambda z: vae.apply({"params": params["vae"]}, z, method="decode")
+    apply = functools.partial(vae.apply, {"params": params["vae"]})
+    decode = lambda z: apply(z, method="decode")
     if options.decode_tile is not None:
         decode = tiled(decode, options.decode_tile)
-    return latents_to_images(micro_batched(decode, options.decode_batch), latents, grid, vae.config)
+    return latents_to_images(micro_batched(decode, options.decode_batch), apply(latents, grid, method="unpack"))
 
 
 def _open_store(folder: str, model: Model) -> EmbeddingStore:

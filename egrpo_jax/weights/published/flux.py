@@ -1,24 +1,20 @@
 """FLUX.1 transformers as they are published: the tensors of both file formats, and diffusers' config.json.
 
-`diffusers` is the layout of Hugging Face repositories (`transformer/*.safetensors`), `bfl` that of the original single
-files (`flux1-dev.safetensors`). BFL joins layers that read the same input by output rows; the two halves of the last
-modulation are (shift, scale) in BFL's files and here, (scale, shift) in diffusers'.
+BFL's files are called `flux1-dev.safetensors` and the like. The two halves of the last modulation are (shift, scale) in
+them and here, (scale, shift) in diffusers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.weights.configs import EVEN, FLAG, SIZE, Key, Published, list_of, nullable, one_of
-from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Entry, Layout, entry, for_layers, linear
-
-Format = Literal["diffusers", "bfl"]
-Names = tuple[tuple[str, str, str], ...]
-"""Ours, diffusers', BFL's. Where BFL joins several layers into one, ours and diffusers' are separated by spaces."""
+from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Layout, entry, linear
+from egrpo_jax.weights.published.bfl import Format, Names, stack, tensors
 
 CLASS_NAME = "FluxTransformer2DModel"
 KEYS: Mapping[str, Key] = MappingProxyType(
@@ -82,40 +78,12 @@ _SINGLE_SCALES: Names = (
 
 def flux_layout(config: FluxConfig, fmt: Format) -> Layout:
     """All tensors of a FLUX.1 checkpoint of this size: 1160 (diffusers) or 780 (BFL) for FLUX.1-dev."""
-    double, single = (
-        ("transformer_blocks.{}.", "single_transformer_blocks.{}.")
-        if fmt == "diffusers"
-        else ("double_blocks.{}.", "single_blocks.{}.")
-    )
-    double_block = (
-        *_linears(_DOUBLE, fmt, "double_blocks/", double),
-        *_scales(_DOUBLE_SCALES, fmt, "double_blocks/", double),
-    )
-    single_block = (
-        *_linears(_SINGLE, fmt, "single_blocks/", single),
-        *_scales(_SINGLE_SCALES, fmt, "single_blocks/", single),
-    )
     return (
-        *_linears(_TOP + (_GUIDANCE if config.guidance_embed else ()), fmt),
+        *tensors(_TOP + (_GUIDANCE if config.guidance_embed else ()), fmt, linear),
         *_final_modulation(fmt),
-        *for_layers(config.num_double_blocks, double_block),
-        *for_layers(config.num_single_blocks, single_block),
+        *stack("double_blocks", config.num_double_blocks, _DOUBLE, _DOUBLE_SCALES, fmt, linear),
+        *stack("single_blocks", config.num_single_blocks, _SINGLE, _SINGLE_SCALES, fmt, linear),
     )
-
-
-def _linears(names: Names, fmt: Format, folder: str = "", prefix: str = "") -> Iterator[Entry]:
-    for ours, diffusers, bfl in names:
-        paths = [folder + path for path in ours.split()]
-        if fmt == "bfl":
-            yield from linear(prefix + bfl, *paths)
-        else:
-            for path, name in zip(paths, diffusers.split(), strict=True):
-                yield from linear(prefix + name, path)
-
-
-def _scales(names: Names, fmt: Format, folder: str, prefix: str) -> Iterator[Entry]:
-    for ours, diffusers, bfl in names:
-        yield entry(prefix + (bfl if fmt == "bfl" else diffusers), folder + ours)
 
 
 def _final_modulation(fmt: Format) -> Layout:
