@@ -1,6 +1,7 @@
 """A complete FLUX.1 pipeline folder in miniature, with random weights, laid out exactly like the published ones."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from egrpo_jax.weights.published.vae import vae_layout
 from tests.oracle.random_weights import random_tensors
 
 TEXT_TOKENS = 12
+LONGER = 40
+LONGER_TEXTS = ("Flux2Transformer2DModel", "ZImageTransformer2DModel")
+"""Those whose prompts are within the words of a chat."""
 SIZE = 32
 MERGES = ["c a", "ca t</w>", "r e", "re d</w>", "h e", "d o", "do g</w>"]
 PIECES = ["▁cat", "▁red", "▁a", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789,.-"]
@@ -69,12 +73,15 @@ INDEX = {
 
 
 def get_config(folder):
-    """A config file for the programs: `tests/tiny_flux.py:FOLDER` trains all weights, `...:FOLDER,lora` adapters.
+    """A config file for the programs, for the folder of any family: `tests/tiny_flux.py:FOLDER` trains all weights,
+    `...:FOLDER,lora` adapters.
 
     `...,int8` trains these to a base in int8. `...,offload` has the moments on the hosts. `...,bfloat16` computes in
     that, and its updates, one for each active step, move no parameter.
     """
     path, *variants = folder.split(",")
+    config = Path(path) / "transformer" / "config.json"
+    class_name = json.loads(config.read_text())["_class_name"] if config.is_file() else ""
     still, int8 = "bfloat16" in variants, "int8" in variants
     return train_config(
         TrainConfig(
@@ -87,7 +94,8 @@ def get_config(folder):
                 published=PublishedOptions(
                     height=SIZE,
                     width=SIZE,
-                    text_tokens=TEXT_TOKENS,
+                    text_tokens=LONGER if class_name in LONGER_TEXTS else TEXT_TOKENS,
+                    guidance=3.0 if class_name.startswith("ZImage") else None,
                     lora=LoraOptions(rank=2, alpha=4.0) if int8 or "lora" in variants else None,
                     int8_base=int8,
                     dtype="bfloat16" if still else "float32",
@@ -123,13 +131,17 @@ def write_pipeline(folder, guidance=True):
         config_to_diffusers(config),
         published_shapes(flux_layout(config, "diffusers"), FLUX.shapes(config)),
     )
-    vae = published_shapes(vae_layout(VAE, "diffusers"), decoder_shapes(VAE)) | encoder_shapes(VAE)
-    write_model(folder / "vae", "diffusion_pytorch_model", vae_json(), vae)
+    write_vae(folder / "vae", VAE)
     write_clip(folder / "text_encoder", CLIP)
     write_t5(folder / "text_encoder_2", T5)
     write_clip_tokenizer(folder / "tokenizer")
     write_t5_tokenizer(folder / "tokenizer_2")
     return folder
+
+
+def write_vae(folder, config):
+    tensors = published_shapes(vae_layout(config, "diffusers"), decoder_shapes(config)) | encoder_shapes(config)
+    write_model(folder, "diffusion_pytorch_model", vae_json(config), tensors)
 
 
 def write_clip(folder, config):
@@ -175,7 +187,7 @@ def write_json(path, content):
 
 def write_model(folder, stem, config, tensor_shapes):
     write_json(folder / "config.json", config)
-    tensors = {name: np.ascontiguousarray(value) for name, value in random_tensors(tensor_shapes).items()}
+    tensors = {name: np.array(value, order="C") for name, value in random_tensors(tensor_shapes).items()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 

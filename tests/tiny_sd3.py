@@ -5,10 +5,8 @@ import dataclasses
 from egrpo_jax.models.clip import TransformerConfig
 from egrpo_jax.models.sd3 import Sd3Config
 from egrpo_jax.pipelines.families import SD3
-from egrpo_jax.pipelines.published.loading import decoder_shapes
 from egrpo_jax.weights.layout import published_shapes
 from egrpo_jax.weights.published.sd3 import config_to_diffusers, sd3_layout
-from egrpo_jax.weights.published.vae import vae_layout
 from tests import tiny_flux
 
 MEDIUM = Sd3Config(
@@ -42,8 +40,7 @@ def write_pipeline(folder, config=MEDIUM):
     transformer = published_shapes(sd3_layout(config), SD3.shapes(config))
     stem = "diffusion_pytorch_model"
     tiny_flux.write_model(folder / "transformer", stem, config_to_diffusers(config), transformer)
-    vae = published_shapes(vae_layout(VAE, "diffusers"), decoder_shapes(VAE)) | tiny_flux.encoder_shapes(VAE)
-    tiny_flux.write_model(folder / "vae", stem, tiny_flux.vae_json(VAE), vae)
+    tiny_flux.write_vae(folder / "vae", VAE)
     tiny_flux.write_clip(folder / "text_encoder", CLIP_L)
     tiny_flux.write_clip(folder / "text_encoder_2", CLIP_G)
     tiny_flux.write_t5(folder / "text_encoder_3", T5)

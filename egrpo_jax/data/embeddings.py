@@ -28,7 +28,7 @@ from egrpo_jax.common.errors import UserError, first_line
 Arrays = dict[str, np.ndarray]
 """The arrays of one prompt, or of B prompts with a leading axis B."""
 
-_DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
+_DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "I32": np.int32}
 
 
 def prompt_hash(prompt: str) -> str:
@@ -131,7 +131,7 @@ def _encoded(
         part = prompts[start : start + batch]
         arrays = encode(part + part[-1:] * (batch - len(part)))
         for row in range(len(part)):
-            yield save({name: np.ascontiguousarray(array[row]) for name, array in arrays.items()})
+            yield save({name: np.asarray(array[row], order="C") for name, array in arrays.items()})
         bar.update(len(part))
 
 

@@ -127,12 +127,13 @@ class Qwen3(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: chex.Array, mask: chex.Array) -> chex.Array:
+    def __call__(self, ids: chex.Array, mask: chex.Array | None = None) -> chex.Array:
         """Encodes tokens at positions 0 to L - 1, each of which attends to itself and what is before it.
 
         Args:
           ids: `[B, L]`.
-          mask: boolean `[B, L]`, False where a token is padding, which none attends to. Padding is at the end.
+          mask: boolean `[B, L]`, False where a token is padding, which none attends to. Padding is at the end; None:
+            there is none.
 
         Returns:
           `[B, L, len(layers) * width]`, in `dtype`: for each token, padding included, its states in the order of
@@ -144,6 +145,7 @@ class Qwen3(nn.Module):
         """
         config = self.config
         chex.assert_rank(ids, 2)
+        mask = jnp.ones(ids.shape, bool) if mask is None else mask
         chex.assert_equal_shape([ids, mask])
         if not self.layers or not all(0 < layer < config.num_layers for layer in self.layers):
             raise ValueError(f"layers {self.layers} must be one or more from 1 to {config.num_layers - 1}")

@@ -18,11 +18,28 @@ from safetensors.numpy import save
 
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
-from egrpo_jax.weights.layout import LINEAR, LINEAR_SWAPPED, Entry, Layout, Leaf, Params
+from egrpo_jax.weights.layout import (
+    LINEAR,
+    LINEAR_PATCH_COLUMNS,
+    LINEAR_PATCH_ROWS,
+    LINEAR_SWAPPED,
+    Entry,
+    Form,
+    Layout,
+    Leaf,
+    Params,
+)
 from egrpo_jax.weights.lora_files import FILE_NAME as FILE_NAME
 from egrpo_jax.weights.lora_files import Factors, read_adapters
 
 _PREFIX = "transformer."
+_FORMS: Mapping[Form, tuple[Form, Form]] = {
+    LINEAR: (LINEAR, LINEAR),
+    LINEAR_SWAPPED: (LINEAR, LINEAR_SWAPPED),
+    LINEAR_PATCH_ROWS: (LINEAR, LINEAR_PATCH_ROWS),
+    LINEAR_PATCH_COLUMNS: (LINEAR_PATCH_COLUMNS, LINEAR),
+}
+"""The forms of A and B by that of the weight of a linear layer, `[out, in]` in files."""
 
 
 def save_lora(path: str | os.PathLike[str], lora: Mapping[str, Any], scale: float, layout: Layout) -> None:
@@ -55,8 +72,9 @@ def export_lora(lora: Mapping[str, Any], scale: float, layout: Layout) -> dict[s
         if f"{_layer_path(e)}/a" in flat:
             index = _index(e.leaves[0].layer)
             a, b = (flat[f"{_layer_path(e)}/{name}"][index] for name in ("a", "b"))
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(e.form.to_published(b * scale))
+            form_a, form_b = _FORMS[e.form]
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(form_a.to_published(a))
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(form_b.to_published(b * scale))
     return tensors
 
 
@@ -93,17 +111,19 @@ def load_lora(path: str | os.PathLike[str], scale: float, layout: Layout, params
             layers = found.setdefault(leaf.path.removesuffix("/kernel"), {})
             if leaf.layer in layers:
                 raise UserError(f"{path} mixes two layouts: {module} is there under another name too; expected one")
-            layers[leaf.layer] = own_a.T, e.form.to_ours(own_b) / np.float32(scale)
+            form_a, form_b = _FORMS[e.form]
+            layers[leaf.layer] = form_a.to_ours(own_a), form_b.to_ours(own_b) / np.float32(scale)
     return unflatten_dict({layer: _stack(found[layer], flat[f"{layer}/kernel"].shape) for layer in found}, sep="/")
+
+
+def linear_layers(layout: Layout) -> set[str]:
+    """Our paths of the layers that are linear in the published model too: those whose adapters a file can hold."""
+    return {leaf.path.removesuffix("/kernel") for e in _linear_modules(layout).values() for leaf in e.leaves}
 
 
 def _linear_modules(layout: Layout) -> dict[str, Entry]:
     """The weights of linear layers, by the published names of their modules."""
-    return {
-        e.name.removesuffix(".weight"): e
-        for e in layout
-        if e.name.endswith(".weight") and e.form in (LINEAR, LINEAR_SWAPPED)
-    }
+    return {e.name.removesuffix(".weight"): e for e in layout if e.name.endswith(".weight") and e.form in _FORMS}
 
 
 def _layer_path(e: Entry) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
-from tests import programs, tiny_flux
+from tests import programs, tiny_flux, tiny_qwen, tiny_sd3
 
 ROOT = Path(__file__).parent.parent.parent
 MESHES = ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2))
@@ -72,6 +72,24 @@ def test_flux_with_sharded_parameters(tmp_path, variant):
     folder = tiny_flux.write_pipeline(tmp_path / "pipeline")
     config = f"tests/tiny_flux.py:{folder}{variant}"
     assert_same(run(config, tmp_path / "eight.npz", 2, 2, 2), run(config, tmp_path / "one.npz", 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+@pytest.mark.parametrize(
+    ("write", "variant"),
+    [
+        (tiny_sd3.write_pipeline, ""),
+        (tiny_sd3.write_pipeline, ",lora"),
+        (tiny_qwen.write_flux2, ""),
+        (tiny_qwen.write_flux2, ",lora"),
+        (tiny_qwen.write_z_image, ""),
+        (tiny_qwen.write_z_image, ",lora"),
+    ],
+)
+def test_guided_families_with_sharded_parameters(tmp_path, write, variant):
+    config = f"tests/tiny_flux.py:{write(tmp_path / 'pipeline')}{variant}"
+    assert_same(run(config, tmp_path / "four.npz", 2, 2, 1), run(config, tmp_path / "one.npz", 1, 1, 1))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -16,13 +17,14 @@ from egrpo_jax.pipelines import ModelConfig, load_encoder, load_pipeline, sketch
 from egrpo_jax.pipelines.families import FAMILIES, released
 from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
 from tests import tiny_flux
-from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS
+from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS, Z_IMAGE_GUIDANCE, text_tokens
 from tests.pipelines.test_base import Arrays, num_bytes
 
 MESH = make_mesh(MeshConfig())
 SIZE = tiny_flux.SIZE
-OPTIONS = PublishedOptions(height=SIZE, width=SIZE, text_tokens=tiny_flux.TEXT_TOKENS, dtype="float32")
-GUIDED = ["sd3_medium"]
+OPTIONS = PublishedOptions(height=SIZE, width=SIZE, dtype="float32")
+UNGUIDED = {"sd3_medium": 1.0, "flux2_base": 1.0, "z_image": 0.0}
+"""The guidance with which those that are guided are not."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,11 @@ def folders(tmp_path_factory):
 
 
 def model(folder, **changes):
-    return ModelConfig("published", str(folder), dataclasses.replace(OPTIONS, **changes))
+    """A config of the pipeline in `folder`, which is called as in `FOLDERS`."""
+    published = {"text_tokens": text_tokens(folder.name)}
+    if folder.name == "z_image":
+        published["guidance"] = Z_IMAGE_GUIDANCE
+    return ModelConfig("published", str(folder), dataclasses.replace(OPTIONS, **published | changes))
 
 
 def images(pipeline, params=None, prompts=PROMPTS):
@@ -92,9 +98,9 @@ def _class_name(folder):
     return json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", UNGUIDED)
 def test_guidance_is_two_passes_and_can_be_left_out(folders, name):
-    guided, plain = load_pipeline(model(folders[name])), load_pipeline(model(folders[name], guidance=1.0))
+    guided, plain = load_pipeline(model(folders[name])), load_pipeline(model(folders[name], guidance=UNGUIDED[name]))
     assert (guided.passes, plain.passes) == (2, 1)
     assert guided.forward_flops == 2 * plain.forward_flops
     assert guided.training_flops == 2 * plain.training_flops
@@ -102,15 +108,15 @@ def test_guidance_is_two_passes_and_can_be_left_out(folders, name):
     assert np.abs(images(guided) - images(plain)).max() > 0.05
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", UNGUIDED)
 def test_guided_away_from_the_prompt_itself_is_not_guided(folders, name):
     prompts = ["a red cat"] * 2
-    plain = images(load_pipeline(model(folders[name], guidance=1.0)), prompts=prompts)
+    plain = images(load_pipeline(model(folders[name], guidance=UNGUIDED[name])), prompts=prompts)
     guided = images(load_pipeline(model(folders[name], guidance=9.0, negative="a red cat")), prompts=prompts)
     np.testing.assert_allclose(guided, plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", UNGUIDED)
 def test_a_negative_prompt_that_is_not_stored(folders, name, tmp_path):
     encoder = load_encoder(model(folders[name]))
     with jax.set_mesh(MESH):
@@ -137,14 +143,43 @@ def test_more_places_than_there_are_positions(folders):
         ("black-forest-labs/FLUX.1-dev", "FLUX.1", 19),
         ("stabilityai/stable-diffusion-3.5-medium", "SD3.5", 24),
         ("stabilityai/stable-diffusion-3.5-large", "SD3.5", 38),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "FLUX.2", 5),
+        ("black-forest-labs/FLUX.2-klein-9B", "FLUX.2", 24),
+        ("black-forest-labs/FLUX.2-dev", "FLUX.2", 48),
+        ("Tongyi-MAI/Z-Image", "Z-Image", 30),
     ],
 )
 def test_published_models_are_known_by_their_names(name, family, blocks):
     found, sizes = released(name)
     assert found.name == family
     assert blocks in vars(sizes).values()
-    pipeline = sketch_pipeline(ModelConfig("published", name, PublishedOptions(height=512, width=512)))
+    pipeline = sketch_pipeline(ModelConfig("published", name, PublishedOptions(height=512, width=512, guidance=4.0)))
     assert pipeline.forward_flops > 1e12
+
+
+def test_a_guidance_that_no_file_tells(folders):
+    expected = r"published\.guidance: found None, expected a scale, or 0 for a model that is distilled to none"
+    with pytest.raises(ConfigError, match=expected):
+        load_pipeline(model(folders["z_image"], guidance=None))
+
+
+def test_a_distilled_model_is_not_guided(folders):
+    assert load_pipeline(model(folders["flux2_distilled"])).passes == 1
+    assert load_pipeline(model(folders["flux2_base"])).passes == 2
+
+
+def test_the_text_of_flux2_dev_must_be_stored(folders, tmp_path):
+    folder = shutil.copytree(folders["flux2_base"], tmp_path / "flux2_dev")
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": True}))
+    with pytest.raises(UserError, match=r"is a FLUX\.2-dev, whose text encoder is not here; give it stored embeddings"):
+        load_pipeline(model(folder))
+
+
+def test_layers_that_are_no_linear_ones_in_the_published_model(folders):
+    expected = r"lora\.targets: found .*, expected layers that are linear in the published model, unlike image_in$"
+    with pytest.raises(ConfigError, match=expected):
+        load_pipeline(model(folders["sd3_medium"], lora=LoraOptions(("image_in$",), rank=2)))
 
 
 def test_a_model_that_is_not_known():

@@ -9,10 +9,12 @@ from typing import Any
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.pipelines.families.base import Family, Format, Text, TextEncoder
 from egrpo_jax.pipelines.families.flux import FLUX
+from egrpo_jax.pipelines.families.flux2 import FLUX2
 from egrpo_jax.pipelines.families.sd3 import SD3
+from egrpo_jax.pipelines.families.z_image import Z_IMAGE
 from egrpo_jax.weights.configs import read_object
 
-FAMILIES: dict[str, Family] = {family.class_name: family for family in (FLUX, SD3)}
+FAMILIES: dict[str, Family] = {family.class_name: family for family in (FLUX, SD3, FLUX2, Z_IMAGE)}
 """By the class of the transformer."""
 
 
@@ -35,4 +37,16 @@ def released(name: str) -> tuple[Family, Any]:
     raise UserError(f"{name} does not exist, and is not the name of a known model, of {names}")
 
 
-__all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Format", "Text", "TextEncoder", "family_of", "released"]
+__all__ = [
+    "FAMILIES",
+    "FLUX",
+    "FLUX2",
+    "SD3",
+    "Z_IMAGE",
+    "Family",
+    "Format",
+    "Text",
+    "TextEncoder",
+    "family_of",
+    "released",
+]

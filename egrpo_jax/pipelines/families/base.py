@@ -20,6 +20,7 @@ from egrpo_jax.parallel.rules import INTO_TENSOR, OUT_OF_TENSOR, Rules
 from egrpo_jax.pipelines.families.schedule import scheduled_times
 from egrpo_jax.weights.configs import Published
 from egrpo_jax.weights.layout import Layout
+from egrpo_jax.weights.published.vae import CLASS_NAME as KL
 
 Arrays = tuple[chex.Array, ...]
 
@@ -83,16 +84,16 @@ class Text:
         `text_tokens` and a dtype.
       read: the encoders, by name, of a pipeline's folder, by sizes and `text_tokens`; raises UserError where parts are
         missing or do not fit one another.
-      join: the conditioning of what they give for B prompts, by their names.
-      modules: the published ones, by name, as they are made of a dtype: for the memory that they take.
+      join: the conditioning of what they give for B prompts, and of their arguments, both by their names.
+      modules: the published ones, by name, as they are made of a dtype, by sizes: for the memory that they take.
     """
 
     parts: Sequence[str]
     tokens: Callable[[Any], int]
     conditioning: Callable[[Any, int, Any], Any]
     read: Callable[[Path, Any, int], Mapping[str, TextEncoder]]
-    join: Callable[[Mapping[str, Any]], Any]
-    modules: Mapping[str, Callable[[Any], nn.Module]]
+    join: Callable[[Mapping[str, Any], Mapping[str, Arrays]], Any]
+    modules: Callable[[Any], Mapping[str, Callable[[Any], nn.Module]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,10 @@ class Family:
       forward_flops: of a velocity, by sizes, image tokens and text tokens.
       token_channels: D of the latents.
       text: its text encoders.
-      vae: the sizes of the published autoencoder.
+      vae: the sizes of the published autoencoder, whose class is `vae_class`.
       times: the published time grid, by the scheduler's keys, image tokens and steps.
       embeds_guidance: tells whether the guidance scale is an input.
-      guidance: its published value, by sizes and the pipeline's model_index.json.
+      guidance: its published value, by sizes and the pipeline's model_index.json; None: these do not tell.
       unguided: the guidance at which a model without that input is not guided; None: it never is.
       max_side: the largest side of an image in tokens; None for any.
       rules: how the parameters are sharded: those of the transformer under `flow`, of text encoders under their names.
@@ -139,12 +140,13 @@ class Family:
     rules: Rules
     blocks: str
     presets: Mapping[str, tuple[str, ...]]
-    guidance: Callable[[Any, Mapping[str, Any]], float]
+    guidance: Callable[[Any, Mapping[str, Any]], float | None]
     unguided: float | None = None
     embeds_guidance: Callable[[Any], bool] = lambda _: False
     times: Callable[[Published, int, int], Times] = scheduled_times
     max_side: Callable[[Any], int | None] = lambda _: None
     constants: str | None = None
+    vae_class: str = KL
 
     def format_of(self, names: Iterable[str]) -> Format:
         """The format of a file with tensors of these names."""

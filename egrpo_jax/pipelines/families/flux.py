@@ -75,8 +75,8 @@ FLUX = Family(
         tokens=lambda sizes: 512 if sizes.guidance_embed else 256,
         conditioning=_conditioning,
         read=_read_text,
-        join=lambda features: FluxText(features["t5"], features["clip"].pooled),
-        modules={
+        join=lambda features, _: FluxText(features["t5"], features["clip"].pooled),
+        modules=lambda _: {
             "t5": functools.partial(T5Encoder, T5Config()),
             "clip": functools.partial(ClipText, ClipTextConfig()),
         },

@@ -58,7 +58,7 @@ def _read_text(folder: Path, sizes: Sd3Config, text_tokens: int) -> Mapping[str,
     return {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
 
 
-def _join(features: Mapping[str, Any]) -> Sd3Text:
+def _join(features: Mapping[str, Any], _: Any) -> Sd3Text:
     """CLIP's penultimate states side by side, filled up with zeros to T5's width, then T5's."""
     clips, t5 = [features[name] for name in ("clip_l", "clip_g")], features["t5"]
     states = jnp.concatenate([clip.penultimate for clip in clips], axis=-1)
@@ -82,7 +82,7 @@ SD3 = Family(
         conditioning=_conditioning,
         read=_read_text,
         join=_join,
-        modules={
+        modules=lambda _: {
             "clip_l": functools.partial(ClipText, CLIP_L),
             "clip_g": functools.partial(ClipText, CLIP_G),
             "t5": functools.partial(T5Encoder, T5Config()),

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.models.int8 import int8_kernels
-from egrpo_jax.models.lora import COLLECTION, init_lora
+from egrpo_jax.models.lora import COLLECTION, adapted_layers, init_lora
 from egrpo_jax.models.vae import Vae, VaeConfig
 from egrpo_jax.parallel.rules import with_shardings
 from egrpo_jax.pipelines.families import Family, TextEncoder
@@ -22,7 +23,7 @@ from egrpo_jax.pipelines.guidance import NEGATIVE
 from egrpo_jax.pipelines.published.model import ORBAX, Model
 from egrpo_jax.weights.files import open_tensors
 from egrpo_jax.weights.load import load_params
-from egrpo_jax.weights.lora import load_lora
+from egrpo_jax.weights.lora import linear_layers, load_lora
 from egrpo_jax.weights.published import vae
 
 Params = dict[str, Any]
@@ -85,6 +86,10 @@ def _adapters(model: Model) -> Callable[[], Params]:
     if model.options.lora_weights is not None:
         names = tuple(entry for form in model.family.formats.values() for entry in form.layout(model.sizes))
         return functools.partial(load_lora, model.options.lora_weights, lora.scale, names, flow)
+    layers = adapted_layers(flow, lora.targets)
+    if others := set(layers) - linear_layers(model.family.formats["diffusers"].layout(model.sizes)):
+        expected = f"layers that are linear in the published model, unlike {', '.join(sorted(others))}"
+        raise ConfigError("lora.targets", lora.targets, expected)
     return lambda: init_lora(jax.random.key(0), flow, lora)  # a fixed key: B is zero, so every start is the base model
 
 
@@ -105,12 +110,14 @@ def load_decoder(folder: Path, config: VaeConfig, abstract: Params) -> Params:
     """The decoder of the VAE in `folder`."""
     files = open_tensors(folder)
     fmt: vae.Format = "bfl" if any(name.startswith("decoder.up.") for name in files) else "diffusers"
-    return load_params(files, vae.vae_layout(config, fmt), abstract, ignore=(r"encoder\..*",))
+    return load_params(files, vae.vae_layout(config, fmt), abstract, ignore=vae.IGNORED)
 
 
-def text_encoder_shapes(family: Family, dtype: str) -> Params:
+def text_encoder_shapes(model: Model) -> Params:
     """The parameters of the published text encoders, by name, as shapes."""
-    return {name: _text_shapes(make(jnp.dtype(dtype)), dtype) for name, make in family.text.modules.items()}
+    dtype = model.options.dtype
+    modules = model.family.text.modules(model.sizes)
+    return {name: _text_shapes(make(jnp.dtype(dtype)), dtype) for name, make in modules.items()}
 
 
 def load_text_encoder(family: Family, name: str, encoder: TextEncoder, dtype: str, mesh: Mesh) -> Params:

@@ -72,7 +72,11 @@ class Model:
     def guidance(self) -> float:
         """The option of this name, or its published value."""
         given = self.options.guidance
-        return self.family.guidance(self.sizes, self.index) if given is None else given
+        scale = self.family.guidance(self.sizes, self.index) if given is None else given
+        if scale is None:
+            unguided = f"a scale, or {self.family.unguided:g} for a model that is distilled to none"
+            raise ConfigError("guidance", None, f"{unguided}: the files do not tell (docs/models.md)")
+        return scale
 
     @property
     def guided_by(self) -> float | None:
@@ -171,7 +175,7 @@ def read_sizes(family: Family, folder: Path, options: PublishedOptions) -> Any:
 
 def _read_vae(family: Family, folder: Path, token_channels: int) -> VaeConfig:
     """The autoencoder in `folder`, held against a transformer of these tokens."""
-    published: Published = read_config(folder, vae.CLASS_NAME)
+    published: Published = read_config(folder, family.vae_class)
     config = vae.config_from_diffusers(published)
     channels = token_channels / _PATCH**2
     if config.latent_channels != channels:

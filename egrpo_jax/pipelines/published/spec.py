@@ -101,9 +101,7 @@ def _describe(model: Model) -> Pipeline:
         dtype=jnp.dtype(options.dtype),
         trainable=model.trainable,
         conditioning=model.conditioning,
-        encoder_params={}
-        if options.embeddings or options.offload_encoders
-        else text_encoder_shapes(family, options.dtype),
+        encoder_params={} if options.embeddings or options.offload_encoders else text_encoder_shapes(model),
         passes=passes,
         forward_flops=flops,
         decode_flops=decoder_flops(model.vae, 2 * model.grid[0], 2 * model.grid[1]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class PromptTexts:
         """With `offload` the parameters rest in host memory between calls; they are stored as `settings["dtype"]`."""
         self.settings, self.always = settings, tuple(always)
         self._family, self._encoders, self._offload = family, encoders, offload
-        self._loaded: dict[str, Callable[[Sequence[str]], Any]] | None = None
+        self._loaded: dict[str, Callable[..., Any]] | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Any:
         """The conditioning of `prompts`; each prompt's depends on it alone."""
@@ -42,12 +43,14 @@ class PromptTexts:
             if mesh.empty:
                 raise ValueError("no mesh to load text encoders on: call this within jax.set_mesh(mesh)")
             self._loaded = {name: self._load(name, encoder, mesh) for name, encoder in self._encoders.items()}
-        return self._family.text.join({name: encode(prompts) for name, encode in self._loaded.items()})
+        tokens = {name: encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
+        features = {name: encode(*tokens[name]) for name, encode in self._loaded.items()}
+        return self._family.text.join(features, tokens)
 
-    def _load(self, name: str, encoder: TextEncoder, mesh: Mesh) -> Callable[[Sequence[str]], Any]:
+    def _load(self, name: str, encoder: TextEncoder, mesh: Mesh) -> Callable[..., Any]:
         dtype = self.settings["dtype"]
         params: Params = load_text_encoder(self._family, name, encoder, dtype, mesh)
         params = on_host(params) if self._offload else params
         module = encoder.module(jnp.dtype(dtype))
         apply = jax.jit(lambda params, *arguments: module.apply({"params": on_device(params)}, *arguments))
-        return lambda prompts: apply(params, *encoder.tokenize(prompts))
+        return functools.partial(apply, params)

@@ -12,11 +12,18 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-
 from egrpo_jax.models.z_image import ZImageConfig
 from egrpo_jax.weights.configs import EVEN, POSITIVE, SIZE, Key, Published, list_of, one_of
-from egrpo_jax.weights.layout import Form, Layout, entry, for_layers, kernel, linear
+from egrpo_jax.weights.layout import (
+    LINEAR_PATCH_COLUMNS,
+    LINEAR_PATCH_ROWS,
+    PATCH_ROWS,
+    Layout,
+    entry,
+    for_layers,
+    kernel,
+    linear,
+)
 
 Format = Literal["diffusers", "original"]
 
@@ -47,22 +54,6 @@ PREFIX = "model.diffusion_model."
 IGNORED = (rf"({re.escape(PREFIX)})?norm_final\.weight",)
 """Patterns of whole names that single files have and no layer reads."""
 
-_PLACES = 4  # of a 2x2 patch
-
-
-def _rows(array: np.ndarray) -> np.ndarray:
-    """Rows (row, column, channel) as (channel, row, column)."""
-    return array.reshape(_PLACES, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
-
-
-def _published_rows(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1, _PLACES, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
-
-
-_PATCH_IN = Form(lambda x: _rows(x.T), lambda x: _published_rows(x).T)
-_PATCH_OUT = Form(lambda x: _rows(x).T, lambda x: _published_rows(x.T))
-_PATCH_BIAS = Form(_rows, _published_rows)
-
 _NORMS = (
     ("attention_norm_1", "attention_norm1"),
     ("attention_norm_2", "attention_norm2"),
@@ -87,7 +78,7 @@ def z_image_layout(config: ZImageConfig, fmt: Format, prefix: str = "") -> Layou
     return (
         entry(f"{prefix}x_pad_token", "image_pad"),
         entry(f"{prefix}cap_pad_token", "text_pad"),
-        entry(f"{prefix}{embedder}.weight", "image_in/kernel", form=_PATCH_IN),
+        entry(f"{prefix}{embedder}.weight", "image_in/kernel", form=LINEAR_PATCH_COLUMNS),
         entry(f"{prefix}{embedder}.bias", "image_in/bias"),
         *linear(f"{prefix}t_embedder.mlp.0", "time_in/linear_1"),
         *linear(f"{prefix}t_embedder.mlp.2", "time_in/linear_2"),
@@ -97,8 +88,8 @@ def z_image_layout(config: ZImageConfig, fmt: Format, prefix: str = "") -> Layou
         *_stack("context_refiner", config.num_refiner_layers, fmt, prefix),
         *_stack("layers", config.num_layers, fmt, prefix),
         *linear(f"{prefix}{final}.adaLN_modulation.1", "final_modulation/linear"),
-        entry(f"{prefix}{final}.linear.weight", "final/kernel", form=_PATCH_OUT),
-        entry(f"{prefix}{final}.linear.bias", "final/bias", form=_PATCH_BIAS),
+        entry(f"{prefix}{final}.linear.weight", "final/kernel", form=LINEAR_PATCH_ROWS),
+        entry(f"{prefix}{final}.linear.bias", "final/bias", form=PATCH_ROWS),
     )
 
 
@@ -138,7 +129,7 @@ def config_from_diffusers(published: Published) -> ZImageConfig:
     if sum(keys["axes_dims"]) != dim // heads:
         raise keys.error("axes_dims", f"numbers that add up to dim / n_heads, {dim // heads}")
     return ZImageConfig(
-        in_channels=_PLACES * keys["in_channels"],
+        in_channels=4 * keys["in_channels"],
         num_layers=keys["n_layers"],
         num_refiner_layers=keys["n_refiner_layers"],
         num_heads=heads,
@@ -157,7 +148,7 @@ def config_to_diffusers(config: ZImageConfig) -> dict[str, Any]:
         "_class_name": CLASS_NAME,
         "all_patch_size": [2],
         "all_f_patch_size": [1],
-        "in_channels": config.in_channels // _PLACES,
+        "in_channels": config.in_channels // 4,
         "dim": config.width,
         "n_layers": config.num_layers,
         "n_refiner_layers": config.num_refiner_layers,

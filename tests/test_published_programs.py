@@ -1,6 +1,7 @@
-"""FLUX.1 from its folder through every program and back, on a pipeline in miniature."""
+"""Published models from their folders through every program and back, on pipelines in miniature."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,17 +12,29 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from egrpo_jax.run.metrics import read_metrics
-from tests import programs, tiny_flux
+from tests import programs, tiny_flux, tiny_qwen, tiny_sd3
 
 PROMPTS = ["a red cat", "dog 7, 3"]
 
 
+FAMILIES = {
+    "flux": tiny_flux.write_pipeline,
+    "sd3": tiny_sd3.write_pipeline,
+    "flux2": tiny_qwen.write_flux2,
+    "z_image": tiny_qwen.write_z_image,
+}
+
+
+def written(folder, family="flux"):
+    """A pipeline folder, with two prompts beside it."""
+    pipeline = FAMILIES[family](folder / "pipeline")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return pipeline
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A pipeline folder, with two prompts beside it."""
-    folder = tiny_flux.write_pipeline(tmp_path_factory.mktemp("base") / "pipeline")
-    (folder.parent / "prompts.txt").write_text("\n".join(PROMPTS))
-    return folder
+    return written(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +96,24 @@ def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux2", "z_image"])
+def test_a_run_that_is_resumed_ends_as_one_that_never_stopped(family, tmp_path):
+    base = written(tmp_path, family)
+    prompts = [f"--config.{key}prompts={tmp_path / 'prompts.txt'}" for key in ("", "evaluation.")]
+    for name, parts in (("straight", (2,)), ("resumed", (1, 2))):
+        for iterations in parts:
+            number = (f"--config.num_iterations={iterations}", "--allow_config_change")
+            run("train", base, f"--workdir={tmp_path / name}", *prompts, *number)
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("straight", "resumed"))
+    same = [key for key in first if not re.match(r"seconds|images_per|memory|mfu|eval", key)]
+    assert {key: first[key] for key in same} == {key: second[key] for key in same}
+    images = [
+        sampled(base, tmp_path / f"{n}_images", None, f"--workdir={tmp_path / n}") for n in ("straight", "resumed")
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.slow
 def test_all_weights_are_trained_and_given_back(base, base_images, tmp_path):
     workdir = trained(base, tmp_path / "run", base)
     expected = sampled(base, tmp_path / "run_images", None, f"--workdir={workdir}")
@@ -99,10 +130,14 @@ def test_all_weights_are_trained_and_given_back(base, base_images, tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_are_trained_on_stored_embeddings_and_given_back(base, base_images, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_trained_on_stored_embeddings_and_given_back(family, tmp_path):
+    base = written(tmp_path, family)
+    base_images = sampled(base, tmp_path / "base_images")
     encoded = ("--shard_size=1", f"--out={tmp_path / 'embeddings'}", prompt_file(base))
-    assert "2 prompts encoded, 0 were there already" in run("encode", base, *encoded)
-    assert "0 prompts encoded, 2 were there already" in run("encode", base, *encoded)
+    count = 2 if family == "flux" else 3  # and the negative prompt
+    assert f"{count} prompts encoded, 0 were there already" in run("encode", base, *encoded)
+    assert f"0 prompts encoded, {count} were there already" in run("encode", base, *encoded)
     without_text = tmp_path / "without_text"
     shutil.copytree(base, without_text, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
     stored = f"--config.model.published.embeddings={tmp_path / 'embeddings'}"
