@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -16,7 +17,7 @@ GIB = 2**30
 _USABLE = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
 """GiB of a device that a program may use, as the compiler says when one does not fit, by the kind in JAX. A chip of
 TPU7x is two devices; one of v4 is one device (megacore)."""
-_EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4 or tpu7x:2x2x1"
+_EXAMPLES = "v5e:1x1, v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4 or tpu7x:2x2x1"
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -37,9 +38,11 @@ def slice_devices(topology: str) -> list[jax.Device]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # of the host, which needs no TPU
-    one_a_chip = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    how: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if re.search(r":1(x1)*$", topology):  # a chip by itself, where hosts have several
+        how["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_a_chip)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **how)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology: found {topology!r}, expected a slice, as {_EXAMPLES} ({_cause(error)})") from None
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
-from tests import programs, tiny_flux
+from tests import programs
 from tests.oracle import pipeline as oracle
 
 
@@ -46,19 +46,28 @@ def test_the_golden_is_what_diffusers_makes_today():
 
 
 @pytest.mark.slow
-def test_a_folder_that_diffusers_saved(tmp_path, prompts):
+@pytest.mark.parametrize("name", ["flux_dev", "sd3_medium", "flux2_base", "z_image"])
+def test_a_folder_that_diffusers_saved(tmp_path, prompts, name):
     saved = tmp_path / "saved"
-    theirs = oracle.load(tiny_flux.write_pipeline(tmp_path / "ours"))
+    theirs = oracle.load(oracle.FOLDERS[name](tmp_path / "ours"))
     theirs.save_pretrained(saved)
     assert_same_image(sampled(saved, tmp_path / "images", prompts), oracle.images(theirs))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", ["", ",lora"])
-def test_what_was_trained_loads_in_diffusers(tmp_path, prompts, lora):
-    from diffusers import FluxTransformer2DModel
-
-    base, run_of = tiny_flux.write_pipeline(tmp_path / "base"), f"--workdir={tmp_path / 'run'}"
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("flux_dev", ""),
+        ("flux_dev", ",lora"),
+        ("sd3_medium", ""),
+        ("sd3_medium", ",lora"),
+        ("flux2_base", ",lora"),
+        ("z_image", ",lora"),
+    ],
+)
+def test_what_was_trained_loads_in_diffusers(tmp_path, prompts, name, lora):
+    base, run_of = oracle.FOLDERS[name](tmp_path / "base"), f"--workdir={tmp_path / 'run'}"
     config = f"{base}{lora}"
     run("train", config, run_of, f"--config.prompts={prompts}", f"--config.evaluation.prompts={prompts}")
     ours = sampled(config, tmp_path / "images", prompts, run_of)
@@ -70,7 +79,7 @@ def test_what_was_trained_loads_in_diffusers(tmp_path, prompts, lora):
 
     assert_same_image(ours, oracle.images(oracle.load(converted("pipeline", "--rest=copy"))))
     pipeline = oracle.load(base)
-    pipeline.transformer = FluxTransformer2DModel.from_pretrained(converted("diffusers"))
+    pipeline.transformer = type(pipeline.transformer).from_pretrained(converted("diffusers"))
     assert_same_image(ours, oracle.images(pipeline))
     if lora:
         pipeline = oracle.load(base)

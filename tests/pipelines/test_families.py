@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from configs import flux2_klein_lora, sd35_egrpo, sd35_lora, z_image_lora
+from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.evaluation.sampler import Sampler
@@ -16,6 +18,7 @@ from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_encoder, load_pipeline, sketch_pipeline
 from egrpo_jax.pipelines.families import FAMILIES, released
 from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
+from egrpo_jax.training.config import TrainConfig
 from tests import tiny_flux
 from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS, Z_IMAGE_GUIDANCE, text_tokens
 from tests.pipelines.test_base import Arrays, num_bytes
@@ -155,6 +158,25 @@ def test_published_models_are_known_by_their_names(name, family, blocks):
     assert blocks in vars(sizes).values()
     pipeline = sketch_pipeline(ModelConfig("published", name, PublishedOptions(height=512, width=512, guidance=4.0)))
     assert pipeline.forward_flops > 1e12
+
+
+@pytest.mark.parametrize(
+    ("config", "adapters"),
+    [
+        (sd35_lora.get_config(), 18.8),
+        (sd35_egrpo.get_config(), None),
+        (sd35_egrpo.get_config("large"), None),
+        (flux2_klein_lora.get_config(), 76.7),
+        (z_image_lora.get_config(), 158.8),
+    ],
+)
+def test_the_configs_of_the_families(config, adapters):
+    """Millions of weights of the adapters that others train."""
+    read = from_config_dict(TrainConfig, config)
+    pipeline = sketch_pipeline(read.model)
+    found = jax.tree.leaves(pipeline.abstract_params.get("lora", {}))
+    assert pipeline.passes == 2
+    assert sum(leaf.size for leaf in found) / 1e6 == pytest.approx(adapters or 0, abs=0.1)
 
 
 def test_a_guidance_that_no_file_tells(folders):

@@ -27,12 +27,12 @@ DEV = Flux2Config(num_double_blocks=8, num_single_blocks=48, num_heads=48, text_
 LAYERS = (9, 18, 27)
 
 PRESETS = {
-    # Flow-Factory's for FLUX.2: attention and feed-forward parts of both streams, all of the single blocks.
+    # Flow-Factory's for FLUX.2; the layers out of the single blocks are not among them.
     "flow_factory": (
         r"double_blocks/(image|text)_qkv/to_[qkv]$",
         r"double_blocks/(image|text)_out$",
         r"double_blocks/(image|text)_ff/linear_[12]$",
-        r"single_blocks/(qkv_mlp|out)$",
+        r"single_blocks/qkv_mlp$",
     ),
     "attention": (r"double_blocks/(image|text)_qkv/to_[qkv]$", r"double_blocks/(image|text)_out$"),
 }

@@ -22,9 +22,9 @@ from egrpo_jax.weights.published import z_image
 LAST_BUT_ONE = -2
 
 PRESETS = {
-    # Flow-Factory's for Z-Image: attention and feed-forward parts of all blocks but the refiners'.
-    "flow_factory": (r"^layers/qkv/to_[qkv]$", r"^layers/out$", r"^layers/ff/linear_[123]$"),
-    "attention": (r"^layers/qkv/to_[qkv]$", r"^layers/out$"),
+    # Flow-Factory's for Z-Image: all of the attention and of the feed-forward parts.
+    "flow_factory": (r"/qkv/to_[qkv]$", r"/out$", r"/ff/linear_[123]$"),
+    "attention": (r"/qkv/to_[qkv]$", r"/out$"),
 }
 
 
