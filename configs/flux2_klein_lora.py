@@ -11,8 +11,8 @@ are reported to blur when they are trained themselves; adapters of the base load
     python -m egrpo_jax.convert --workdir runs/flux2_klein_lora --to peft --out adapters
 
 Memory, computed: transformer 7.8 GB, VAE decoder 0.2 GB, 77 M adapter weights of rank 64 with gradients and moments in
-float32 1.2 GB, one scorer in bfloat16 2.0 GB. Compiled for one TPU v5e, 15.75 GiB: docs/models.md. On 16 GB
---config.model.published.int8_base=True leaves 3.5 GB more.
+float32 1.2 GB, one scorer in bfloat16 2.0 GB. Compiled for one TPU v5e of 15.75 GiB it takes 12.0 (rollout), 11.8
+(decoding) and 12.7 GiB (update) with all that stays beside; --config.model.published.int8_base=True takes less.
 Work, computed: at T = 8 with tails on every second step a prompt is 152 forward passes and 4 forward and backward
 passes, each of 20.3 TFLOP with guidance. No time has been measured.
 """

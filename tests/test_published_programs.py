@@ -114,6 +114,18 @@ def test_a_run_that_is_resumed_ends_as_one_that_never_stopped(family, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux2", "z_image"])
+def test_a_guided_model_is_planned_and_judged(family, tmp_path):
+    base = written(tmp_path, family)
+    planned = run("plan", f"{base},lora")
+    assert "for each prompt: " in planned
+    assert "each of them 2 of the model, with guidance" in planned
+    out = tmp_path / "evaluation"
+    run("evaluate", base, prompt_file(base), f"--out={out}", "--rewards=tests.toy:brightness", "--steps=2")
+    assert json.loads((out / "table.json").read_text())["protocol"]["base"]["guidance"] > 1
+
+
+@pytest.mark.slow
 def test_all_weights_are_trained_and_given_back(base, base_images, tmp_path):
     workdir = trained(base, tmp_path / "run", base)
     expected = sampled(base, tmp_path / "run_images", None, f"--workdir={workdir}")

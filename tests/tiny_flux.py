@@ -272,7 +272,7 @@ def write_t5_tokenizer(folder):
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -2.0 - 0.1 * i) for i, p in enumerate(PIECES))]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)

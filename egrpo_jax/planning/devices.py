@@ -17,7 +17,7 @@ GIB = 2**30
 _USABLE = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
 """GiB of a device that a program may use, as the compiler says when one does not fit, by the kind in JAX. A chip of
 TPU7x is two devices; one of v4 is one device (megacore)."""
-_EXAMPLES = "v5e:1x1, v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4 or tpu7x:2x2x1"
+_EXAMPLES = "v4:2x2x1, v5e:1x1, v5e:4x4, v5p:2x2x2, v6e:2x4 or tpu7x:2x2x1"
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

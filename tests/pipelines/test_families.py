@@ -8,17 +8,21 @@ import chex
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import flux2_klein_lora, sd35_egrpo, sd35_lora, z_image_lora
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.data.embeddings import write_embeddings
 from egrpo_jax.evaluation.sampler import Sampler
+from egrpo_jax.models.lora import adapted_layers, merge_lora
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig, load_encoder, load_pipeline, sketch_pipeline
-from egrpo_jax.pipelines.families import FAMILIES, released
+from egrpo_jax.pipelines.families import FAMILIES, family_of, released
 from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
 from egrpo_jax.training.config import TrainConfig
+from egrpo_jax.weights.configs import read_config
+from egrpo_jax.weights.layout import export_tensors, published_shapes
 from tests import tiny_flux
 from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS, Z_IMAGE_GUIDANCE, text_tokens
 from tests.pipelines.test_base import Arrays, num_bytes
@@ -177,6 +181,67 @@ def test_the_configs_of_the_families(config, adapters):
     found = jax.tree.leaves(pipeline.abstract_params.get("lora", {}))
     assert pipeline.passes == 2
     assert sum(leaf.size for leaf in found) / 1e6 == pytest.approx(adapters or 0, abs=0.1)
+
+
+def random_adapters(family, sizes, form, rank=3):
+    """A and B of the modules, in a file of the format `form`, that the usual adapters are of."""
+    lora = LoraOptions(rank=rank).adapters(family.presets)
+    layers = set(adapted_layers(family.shapes(sizes), lora.targets))
+    layout = family.formats[form].layout(sizes)
+    shapes = published_shapes(layout, family.shapes(sizes))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return {
+        e.name.removesuffix(".weight"): (draw(rank, shapes[e.name][1]), draw(shapes[e.name][0], rank))
+        for e in layout
+        if {leaf.path.removesuffix("/kernel") for leaf in e.leaves} <= layers
+    }
+
+
+SPELLINGS = {
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "comfy": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+}
+KINDS = [(name, "diffusers") for name in ("flux_dev", "sd3_medium", "flux2_base", "z_image")]
+ORIGINALS = [("flux2_base", "bfl"), ("z_image", "original")]
+FILES = [
+    *((*kind, spelling) for kind in KINDS for spelling in SPELLINGS),
+    *(
+        (*kind, spelling)
+        for kind in (("flux2_base", "bfl"), ("z_image", "original"))
+        for spelling in ("comfy", "kohya")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "form", "spelling"), FILES)
+def test_adapters_in_a_file_add_what_they_add_to_the_published_weights(folders, tmp_path, name, form, spelling):
+    """W + alpha / r B A, in the file's own format: whatever is joined, swapped or permuted in it."""
+    family = family_of(folders[name])
+    sizes = family.read_sizes(read_config(folders[name] / "transformer", family.class_name))
+    adapters, alpha = random_adapters(family, sizes, form), 1.5
+    called = lambda module: module.replace(".", "_") if spelling == "kohya" else module
+    spell = lambda part, module: SPELLINGS[spelling][part].format(called(module))
+    tensors = {spell(part, module): pair[part] for module, pair in adapters.items() for part in (0, 1)}
+    if spelling == "peft":
+        settings = {"peft_type": "LORA", "r": 3, "lora_alpha": alpha, "target_modules": sorted(adapters)}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        alphas = {module: spell(0, module).rpartition(".lora_")[0] for module in adapters}
+        tensors |= {f"{prefix}.alpha": np.array(alpha, np.float32) for prefix in alphas.values()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = model(folders[name], lora=LoraOptions(rank=7, alpha=2.0), lora_weights=str(tmp_path))
+    params = load_pipeline(config).load(MESH)
+    merged = merge_lora(params["flow"], params["lora"], 2.0 / 7)
+    layout = family.formats[form].layout(sizes)
+    before, after = (dict(export_tensors(layout, tree)) for tree in (params["flow"], merged))
+    assert len(adapters) > 4
+    for tensor, weights in before.items():
+        a, b = adapters.get(tensor.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1))))
+        added = alpha / 3 * b @ a if len(b) > 1 else 0.0
+        np.testing.assert_allclose(after[tensor], weights + added, atol=1e-4, err_msg=tensor)
 
 
 def test_a_guidance_that_no_file_tells(folders):

@@ -1,5 +1,6 @@
 """TPU slices that are not there: full-size FLUX.1-dev fits, and no chip repeats another's work."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import flux2_klein_lora, sd35_lora
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.parallel.mesh import MeshConfig, make_mesh
 from egrpo_jax.pipelines import ModelConfig
@@ -111,6 +113,22 @@ def test_weights_may_be_split_over_a_part_of_a_slices_side():
     for row in mesh.devices.reshape(2, 8):
         x, y, _ = zip(*(device.coords for device in row), strict=True)
         assert len(set(x)) * len(set(y)) == 8  # neighbours
+
+
+@pytest.mark.parametrize("config", [sd35_lora.SD35_LORA, flux2_klein_lora.FLUX2_KLEIN_LORA], ids=lambda c: c.name)
+@pytest.mark.parametrize("phase", ["rollout", "update"])
+def test_adapters_of_a_guided_model_fit_one_small_chip(phase, config):
+    options = dataclasses.replace(config.model.published, embeddings="made before")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, published=options))
+    mesh = make_mesh(config.mesh, slice_devices("v5e:1x1"))
+    with jax.set_mesh(mesh):
+        job = sketch_job(config)
+        cost = phase_cost(job, mesh, phase)
+    assert job.pipeline.passes == 2
+    assert cost.fits
+    assert cost.compiled.work.unknown_loops == ()
+    assert not cost.compiled.work.collectives
+    assert 0.97 <= cost.repeated <= 1.06
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "v5p:3x2x1"])
