@@ -48,7 +48,7 @@ RUNS = flags.DEFINE_string(
     "runs", "runs/sweeps", "Folder of the runs; it may be deleted at the end.", flag_values=FLAGS
 )
 ONLY = flags.DEFINE_list("only", None, "Entries to run; by default all; none: no more.", flag_values=FLAGS)
-RATES = flags.DEFINE_list("rates", ["2.5e-5", "5e-5", "1e-4"], "Learning rates to choose from.", flag_values=FLAGS)
+RATES = flags.DEFINE_list("rates", ["5e-5", "1e-4", "2e-4", "4e-4"], "Learning rates to try.", flag_values=FLAGS)
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, from 0 on.", lower_bound=2, flag_values=FLAGS)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, which share the cores.", lower_bound=1, flag_values=FLAGS)
 

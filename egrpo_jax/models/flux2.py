@@ -24,11 +24,11 @@ from egrpo_jax.models.layers import (
     Linear,
     Modulation,
     Remat,
-    in_float32,
     modulate,
     rotate_and_attend,
     scan_blocks,
     sinusoid,
+    swiglu,
 )
 
 
@@ -86,11 +86,6 @@ def position_ids(text_tokens: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([text, image])
 
 
-def swiglu(x: chex.Array) -> chex.Array:
-    """SiLU of the first half of the channels, times the second."""
-    return in_float32(lambda gate, up: nn.silu(gate) * up, *jnp.split(x, 2, axis=-1))
-
-
 class GatedFeedForward(nn.Module):
     """Linear to `inner` gates and `inner` hidden units, SwiGLU, linear back: `[..., D]` to `[..., D]`."""
 
@@ -102,7 +97,7 @@ class GatedFeedForward(nn.Module):
     def __call__(self, x: chex.Array) -> chex.Array:
         common = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = Linear(2 * self.inner, name="linear_1", **common)(x)
-        return Linear(x.shape[-1], name="linear_2", **common)(swiglu(hidden))
+        return Linear(x.shape[-1], name="linear_2", **common)(swiglu(*jnp.split(hidden, 2, axis=-1)))
 
 
 class DoubleBlock(nn.Module):
@@ -162,7 +157,7 @@ class SingleBlock(nn.Module):
         query = nn.RMSNorm(name="norm_q", **common)(query)
         key = nn.RMSNorm(name="norm_k", **common)(key)
         mixed = rotate_and_attend(query, key, value, rope, self.attention)
-        joined = jnp.concatenate([mixed, swiglu(hidden)], axis=-1)
+        joined = jnp.concatenate([mixed, swiglu(*jnp.split(hidden, 2, axis=-1))], axis=-1)
         return x + gate * Linear(width, False, name="out", **common)(joined), None
 
 

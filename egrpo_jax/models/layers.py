@@ -77,6 +77,11 @@ def silu(x: chex.Array) -> chex.Array:
     return in_float32(nn.silu, x)
 
 
+def swiglu(gate: chex.Array, up: chex.Array) -> chex.Array:
+    """silu(gate) * up (Shazeer, 2020, arXiv:2002.05202)."""
+    return in_float32(lambda gate, up: nn.silu(gate) * up, gate, up)
+
+
 def sinusoid(value: chex.Array) -> chex.Array:
     """Cosines, then sines, of `1000 * value [B]` at 128 frequencies 10000^(-i/128): `[B, TIME_FEATURES]`, float32."""
     # The published code rounds the exponents to float32; at angles up to 5000 that shows in the velocity.

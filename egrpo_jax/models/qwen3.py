@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egrpo_jax.models.attention import attention, rope_table
-from egrpo_jax.models.layers import Dtype, Linear, in_float32, scan_blocks
+from egrpo_jax.models.layers import Dtype, Linear, scan_blocks, swiglu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Block(nn.Module):
 
         hidden = nn.RMSNorm(1e-6, name="mlp_norm", **common)(x)
         gate, up = (Linear(self.config.mlp_dim, False, name=name, **common)(hidden) for name in ("mlp_gate", "mlp_in"))
-        gated = in_float32(lambda gate, up: nn.silu(gate) * up, gate, up)
-        x = x + Linear(self.config.width, False, name="mlp_out", **common)(gated)
+        x = x + Linear(self.config.width, False, name="mlp_out", **common)(swiglu(gate, up))
 
         number = number + 1
         taken = (number == np.array(self.layers))[:, None]

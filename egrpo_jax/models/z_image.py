@@ -30,6 +30,7 @@ from egrpo_jax.models.layers import (
     layer_norm,
     scan_blocks,
     sinusoid,
+    swiglu,
 )
 
 MULTIPLE = 32
@@ -150,7 +151,7 @@ class SwiGLU(nn.Module):
             return Linear(width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
         first, third = linear(self.inner, "linear_1")(x), linear(self.inner, "linear_3")(x)
-        return linear(x.shape[-1], "linear_2")(in_float32(lambda a, b: nn.silu(a) * b, first, third))
+        return linear(x.shape[-1], "linear_2")(swiglu(first, third))
 
 
 class Block(nn.Module):

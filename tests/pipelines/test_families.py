@@ -23,7 +23,7 @@ from egrpo_jax.pipelines.published import LoraOptions, PublishedOptions
 from egrpo_jax.training.config import TrainConfig
 from egrpo_jax.weights.configs import read_config
 from egrpo_jax.weights.layout import export_tensors, published_shapes
-from tests import tiny_flux
+from tests import tiny_flux, tiny_qwen
 from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS, Z_IMAGE_GUIDANCE, text_tokens
 from tests.pipelines.test_base import Arrays, num_bytes
 
@@ -261,6 +261,20 @@ def test_the_text_of_flux2_dev_must_be_stored(folders, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": True}))
     with pytest.raises(UserError, match=r"is a FLUX\.2-dev, whose text encoder is not here; give it stored embeddings"):
         load_pipeline(model(folder))
+
+
+def test_flux2_dev_takes_stored_embeddings_and_its_guidance_is_an_input(tmp_path):
+    config = dataclasses.replace(tiny_qwen.KLEIN, guidance_embed=True)
+    folder = tiny_qwen.write_flux2(tmp_path / "flux2_dev", config)
+    states = np.random.default_rng(0).standard_normal((1, tiny_flux.LONGER, config.text_dim)).astype(np.float32)
+    shape = list(states.shape[1:])
+    settings = {"family": "FLUX.2", "text_tokens": tiny_flux.LONGER, "text": shape}
+    write_embeddings(tmp_path / "made", ["a cat"], lambda _: {"text": states}, settings, 1, 1)
+    load = lambda scale: load_pipeline(model(folder, embeddings=str(tmp_path / "made"), guidance=scale))
+    assert load(None).passes == 1
+    made = {scale: images(load(scale), prompts=["a cat"]) for scale in (None, 4.0, 2.0)}
+    np.testing.assert_array_equal(made[None], made[4.0])
+    assert np.abs(made[4.0] - made[2.0]).max() > 0.01
 
 
 def test_layers_that_are_no_linear_ones_in_the_published_model(folders):

@@ -81,7 +81,7 @@ class Model:
     @property
     def guided_by(self) -> float | None:
         """The scale of `guided`, whose velocity takes a second forward pass, for the negative prompt; None without."""
-        unguided = self.family.unguided
+        unguided = None if self.family.embeds_guidance(self.sizes) else self.family.unguided
         return None if unguided is None or self.guidance <= unguided else 1 + self.guidance - unguided
 
     @property

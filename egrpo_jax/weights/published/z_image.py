@@ -8,7 +8,7 @@ channel) in either, (channel, row, column) here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -60,11 +60,6 @@ _NORMS = (
     ("ff_norm_1", "ffn_norm1"),
     ("ff_norm_2", "ffn_norm2"),
 )
-
-
-def name_prefix(names: Iterable[str]) -> str:
-    """The prefix with which a single file spells its tensors: `PREFIX` or `""`."""
-    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
 def z_image_layout(config: ZImageConfig, fmt: Format, prefix: str = "") -> Layout:

@@ -21,7 +21,6 @@ from egrpo_jax.weights.published.z_image import (
     PREFIX,
     config_from_diffusers,
     config_to_diffusers,
-    name_prefix,
     z_image_layout,
 )
 from tests.layouts import import_tensors
@@ -120,9 +119,7 @@ def test_patches_are_in_the_order_of_channel_row_column_here():
 
 
 def test_names_of_single_files():
-    """Some begin with a prefix; some hold a norm that nothing reads."""
-    assert name_prefix(["x_pad_token", "layers.0.attention.qkv.weight"]) == ""
-    assert name_prefix([f"{PREFIX}x_pad_token"]) == PREFIX
+    """Some hold a norm that nothing reads."""
     ignored = lambda name: any(re.fullmatch(pattern, name) for pattern in IGNORED)
     assert ignored("norm_final.weight")
     assert ignored("model.diffusion_model.norm_final.weight")
