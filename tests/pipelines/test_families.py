@@ -142,6 +142,9 @@ def test_a_table_of_positions_is_not_trained(folders):
 def test_more_places_than_there_are_positions(folders):
     with pytest.raises(ConfigError, match=r"published\.height: found 112, expected at most 96"):
         load_pipeline(model(folders["sd3_medium"], height=112))
+    with pytest.raises(ConfigError, match=r"published\.text_tokens: found 97, expected at most 96"):
+        load_pipeline(model(folders["z_image"], text_tokens=97))
+    assert load_pipeline(model(folders["z_image"], text_tokens=96)).latents_shape == (4, 16)
 
 
 @pytest.mark.parametrize(

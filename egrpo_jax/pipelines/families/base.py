@@ -120,6 +120,7 @@ class Family:
       guidance: its published value, by sizes and the pipeline's model_index.json; None: these do not tell.
       unguided: the guidance at which a model without that input is not guided; None: it never is.
       max_side: the largest side of an image in tokens; None for any.
+      max_text: the largest `text_tokens`; None for any.
       rules: how the parameters are sharded: those of the transformer under `flow`, of text encoders under their names.
       blocks: a pattern of the transformer's kernels that can be stored as int8.
       constants: a pattern of its parameters that are not trained, from the start of their paths; None if all are.
@@ -145,6 +146,7 @@ class Family:
     embeds_guidance: Callable[[Any], bool] = lambda _: False
     times: Callable[[Published, int, int], Times] = scheduled_times
     max_side: Callable[[Any], int | None] = lambda _: None
+    max_text: Callable[[Any], int | None] = lambda _: None
     constants: str | None = None
     vae_class: str = KL
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from egrpo_jax.models.qwen3 import Qwen3, Qwen3Config
 from egrpo_jax.models.vae import VaeConfig
-from egrpo_jax.models.z_image import ZImage, ZImageConfig, forward_flops
+from egrpo_jax.models.z_image import MULTIPLE, ZImage, ZImageConfig, forward_flops
 from egrpo_jax.pipelines.families.base import PUBLISHED_RULES, Family, Format, Text, TextEncoder
 from egrpo_jax.pipelines.families.encoders import check_width, read_qwen
 from egrpo_jax.text.qwen import CHAT
@@ -84,4 +84,5 @@ Z_IMAGE = Family(
     guidance=lambda *_: None,  # Z-Image-Turbo has the same sizes, and none
     unguided=0.0,
     max_side=lambda sizes: min(sizes.axes_lens[1:]),
+    max_text=lambda sizes: (sizes.axes_lens[0] - 2) // MULTIPLE * MULTIPLE,  # two positions after the text's padding
 )

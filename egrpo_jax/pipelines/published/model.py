@@ -109,7 +109,10 @@ class Model:
         return {"family": self.family.name, "text_tokens": self.text_tokens, **shapes}
 
     def check(self) -> None:
-        """Raises ConfigError for an image that is too large, or an attention that does not run on the devices here."""
+        """Raises ConfigError for more than the model has positions for, or an attention that does not run here."""
+        longest = self.family.max_text(self.sizes)
+        if longest is not None and self.text_tokens > longest:
+            raise ConfigError("text_tokens", self.text_tokens, f"at most {longest}: the model has no more positions")
         largest = self.family.max_side(self.sizes)
         for key, side in zip(("height", "width"), self.grid, strict=True):
             if largest is not None and side > largest:
