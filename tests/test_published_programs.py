@@ -24,6 +24,8 @@ FAMILIES = {
     "z_image": tiny_qwen.write_z_image,
 }
 
+GUIDED = [name for name in FAMILIES if name != "flux"]
+
 
 def written(folder, family="flux"):
     """A pipeline folder, with two prompts beside it."""
@@ -96,7 +98,8 @@ def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd3", "flux2", "z_image"])
+@pytest.mark.mesh
+@pytest.mark.parametrize("family", GUIDED)
 def test_a_run_that_is_resumed_ends_as_one_that_never_stopped(family, tmp_path):
     base = written(tmp_path, family)
     prompts = [f"--config.{key}prompts={tmp_path / 'prompts.txt'}" for key in ("", "evaluation.")]
@@ -114,7 +117,8 @@ def test_a_run_that_is_resumed_ends_as_one_that_never_stopped(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd3", "flux2", "z_image"])
+@pytest.mark.mesh
+@pytest.mark.parametrize("family", GUIDED)
 def test_a_guided_model_is_planned_and_judged(family, tmp_path):
     base = written(tmp_path, family)
     planned = run("plan", f"{base},lora")
@@ -142,7 +146,7 @@ def test_all_weights_are_trained_and_given_back(base, base_images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["flux", *(pytest.param(name, marks=pytest.mark.mesh) for name in GUIDED)])
 def test_adapters_are_trained_on_stored_embeddings_and_given_back(family, tmp_path):
     base = written(tmp_path, family)
     base_images = sampled(base, tmp_path / "base_images")
