@@ -57,7 +57,7 @@ def main() -> None:
         params, source = load_params(config, pipeline, mesh)
         sampling = SAMPLING.sampling(config, pipeline, len(prompts))
         settings = {"weights": source, "seed": SAMPLING.seed, **sampling.record()}
-        settings |= {"model": to_config_dict(config.model).to_dict()}
+        settings |= {"model": to_config_dict(config.model).to_dict(), "about": dict(pipeline.about)}
         done = samples.begin(settings)
         sampler, key = sampling.sampler(pipeline), jax.random.key(SAMPLING.seed)
         with tqdm(total=len(prompts), initial=done, desc="sample", unit="image", disable=None) as bar:

@@ -93,7 +93,7 @@ def test_images_do_not_depend_on_the_batch_and_are_described(base, tmp_path):
     assert described["seed"] == 0
     # 4 tokens, below FLUX.1's 256: a shift of 1.5799.
     np.testing.assert_allclose(described["times"], [1, 0.7596, 0.4413, 0], atol=1e-4)
-    assert described["model"]["published"]["guidance"] == 3.5
+    assert described["about"]["guidance"] == 3.5
     assert (tmp_path / "a" / "grid.png").is_file()
 
 
