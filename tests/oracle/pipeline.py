@@ -88,7 +88,7 @@ def images(pipeline):
 
     arguments = ARGUMENTS[type(pipeline).__name__](pipeline)
     return pipeline(
-        prompt=PROMPTS,
+        prompt=list(PROMPTS),  # some pipelines write into it
         height=tiny_flux.SIZE,
         width=tiny_flux.SIZE,
         num_inference_steps=STEPS,

@@ -26,11 +26,11 @@ def theirs(pipeline, tokens):
     """The conditioning of `PROMPTS`, by our names."""
     kind = type(pipeline).__name__
     if kind == "ZImagePipeline":
-        found, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=tokens)
+        found, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False, max_sequence_length=tokens)
         return [each.detach().numpy() for each in found]
     others = {"FluxPipeline": 1, "StableDiffusion3Pipeline": 2}.get(kind, 0)
     prompts = {f"prompt_{number}": None for number in range(2, 2 + others)}
-    found = pipeline.encode_prompt(prompt=PROMPTS, **prompts, max_sequence_length=tokens)
+    found = pipeline.encode_prompt(prompt=list(PROMPTS), **prompts, max_sequence_length=tokens)
     names = {"FluxPipeline": {"text": 0, "pooled": 1}, "StableDiffusion3Pipeline": {"text": 0, "pooled": 2}}
     return {name: found[place].detach().numpy() for name, place in names.get(kind, {"text": 0}).items()}
 
