@@ -147,8 +147,9 @@ def test_positions_have_a_row_a_column_and_an_axis_for_text():
     np.testing.assert_array_equal(position_ids(3, (2, 2)), ids)
 
 
-def test_the_first_half_is_the_gate():
-    np.testing.assert_allclose(swiglu(jnp.array([2.0, 0.0, 3.0, 5.0])), [6 / (1 + np.exp(-2)), 0], rtol=1e-6)
+def test_the_gate_is_squashed():
+    gate, up = jnp.array([2.0, 0.0]), jnp.array([3.0, 5.0])
+    np.testing.assert_allclose(swiglu(gate, up), [6 / (1 + np.exp(-2)), 0], rtol=1e-6)
 
 
 def test_one_pair_of_adapters_for_each_fused_layer():
