@@ -175,7 +175,7 @@ def test_adapters_of_every_stack_act_as_merged_weights_do():
         lambda lora: apply_lora(ZImage(SMALL), {"params": params, "lora": lora}, *args, grid=GRID, scale=scale)
     )(lora)
     merged = velocity(ZImage(SMALL), {"params": merge_lora(params, lora, scale)}, *args)
-    chex.assert_trees_all_close(adapted, merged, atol=1e-4)
+    chex.assert_trees_all_close(adapted, merged, rtol=2e-5, atol=1e-4)  # velocities are as large as 12
     assert float(jnp.abs(merged - velocity(ZImage(SMALL), variables(), *args)).max()) > 1e-2
 
 
