@@ -7,8 +7,9 @@
 The base is trained, guided by 4 away from the empty prompt: two passes of the model for a velocity. Few-step models
 are reported to blur when they are trained themselves; adapters of the base load on the distilled klein-4B:
 
-    python -m egrpo_jax.sample --workdir runs/flux2_klein_lora --prompt "a cat" --out images --grid pipeline --steps 50
     python -m egrpo_jax.convert --workdir runs/flux2_klein_lora --to peft --out adapters
+    python -m egrpo_jax.sample --config configs/flux2_klein_lora.py --prompt "a cat" --out images --grid pipeline \\
+        --steps 4 --config.model.path=black-forest-labs/FLUX.2-klein-4B --config.model.published.lora_weights=adapters
 
 Memory, computed: transformer 7.8 GB, VAE decoder 0.2 GB, 77 M adapter weights of rank 64 with gradients and moments in
 float32 1.2 GB, one scorer in bfloat16 2.0 GB. Compiled for one TPU v5e of 15.75 GiB it takes 12.0 (rollout), 11.8

@@ -10,7 +10,7 @@ are a file of your own, by default `hpd_train.txt`; `python -m egrpo_jax.encode`
 Memory, computed, on each of D devices: weights and two moments in float32 are 27 GB / D (Large: 97), gradients 9 GB / D
 (32), the working copy in bfloat16 4.5 GB / D (16), and four scorers in float32 13.6 GB / D.
 Work, computed, at 512x512: a prompt is 1012 forward passes in the rollout and 8 forward and backward passes of 4.9
-TFLOP, 5.1 PFLOP in all (Large: 16.6). No time has been measured.
+TFLOP, 5.1 PFLOP in all (Large: 16.7). No time has been measured.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ Memory, computed: transformer 4.5 GB, VAE decoder 0.2 GB, 18.8 M adapter weights
 0.3 GB, two scorers in bfloat16 3.9 GB. Compiled for one TPU v5e of
 15.75 GiB it takes 9.3 (rollout), 10.2 (decoding) and 9.7 GiB (update) with all that stays beside.
 Work, computed: at T = 8 with tails on every second step a prompt is 152 forward passes and 4 forward and backward
-passes, each of 4.9 TFLOP with guidance, 0.8 PFLOP in all: a sixth of FLUX.1's. No time has been measured.
+passes, each of 4.9 TFLOP with guidance, 0.8 PFLOP in all, less than a quarter of FLUX.1's. No time has been measured.
 """
 
 import dataclasses

@@ -3,11 +3,11 @@
     python -m egrpo_jax.convert --workdir runs/flux_lora --to diffusers --out tuned
 
 Takes the weights of the config, or with --workdir those of a training run (their average where one is kept). Those of
-FLUX.1 go to
+published models go to
 
   diffusers  a transformer folder: config.json and safetensors, adapters merged into the weights;
   pipeline   a whole pipeline folder: that transformer, all else linked or copied (--rest) from the base;
-  peft       the adapters alone, as `FluxPipeline.load_lora_weights` takes them;
+  peft       the adapters alone, as `load_lora_weights` of diffusers' pipelines takes them;
   orbax      the transformer as an Orbax checkpoint, for --config.model.published.transformer.
 """
 

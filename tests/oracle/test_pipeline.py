@@ -67,7 +67,8 @@ def test_a_folder_that_diffusers_saved(tmp_path, prompts, name):
     ],
 )
 def test_what_was_trained_loads_in_diffusers(tmp_path, prompts, name, lora):
-    base, run_of = oracle.FOLDERS[name](tmp_path / "base"), f"--workdir={tmp_path / 'run'}"
+    base, run_of = tmp_path / "base", f"--workdir={tmp_path / 'run'}"
+    oracle.load(oracle.FOLDERS[name](tmp_path / "ours")).save_pretrained(base)  # a folder that diffusers wrote
     config = f"{base}{lora}"
     run("train", config, run_of, f"--config.prompts={prompts}", f"--config.evaluation.prompts={prompts}")
     ours = sampled(config, tmp_path / "images", prompts, run_of)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -27,6 +29,7 @@ from tests import tiny_flux, tiny_qwen
 from tests.oracle.pipeline import FOLDERS, GOLDEN, PROMPTS, STEPS, Z_IMAGE_GUIDANCE, text_tokens
 from tests.pipelines.test_base import Arrays, num_bytes
 
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 MESH = make_mesh(MeshConfig())
 SIZE = tiny_flux.SIZE
 OPTIONS = PublishedOptions(height=SIZE, width=SIZE, dtype="float32")
@@ -284,6 +287,35 @@ def test_layers_that_are_no_linear_ones_in_the_published_model(folders):
     expected = r"lora\.targets: found .*, expected layers that are linear in the published model, unlike image_in$"
     with pytest.raises(ConfigError, match=expected):
         load_pipeline(model(folders["sd3_medium"], lora=LoraOptions(("image_in$",), rank=2)))
+
+
+ROWS = {
+    "FLUX.1-dev": "FLUX.1-dev",
+    "FLUX.1-schnell": "FLUX.1-schnell",
+    "SD3.5 Medium": "stable-diffusion-3.5-medium",
+    "SD3.5 Large": "stable-diffusion-3.5-large",
+    "FLUX.2-klein-base-4B": "FLUX.2-klein-base-4B",
+    "FLUX.2-klein(-base)-9B": "FLUX.2-klein-base-9B",
+    "FLUX.2-dev": "FLUX.2-dev",
+    "Z-Image": "Z-Image",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_models_says_what_they_take(row):
+    """TFLOP of a pass at 512 and 1024 pixels, and GB of weights, in docs/models.md."""
+    line = next(line for line in DOCS.read_text().splitlines() if line.startswith(f"| {row} |"))
+    work, weights = line.split("|")[6:8]
+    *told, total = (float(each) for each in re.findall(r"\d+\.?\d*", f"{work.partition('with')[0]} {weights}"))
+    family, sizes = released(ROWS[row])
+    assert total == pytest.approx(2 * sum(leaf.size for leaf in jax.tree.leaves(family.shapes(sizes))) / 1e9, abs=0.06)
+    tokens = 128 if row == "Z-Image" else None
+    for pixels, tflop in zip((512, 1024), told[-2:], strict=True):
+        options = PublishedOptions(height=pixels, width=pixels, guidance=4.0, text_tokens=tokens)
+        pipeline = sketch_pipeline(ModelConfig("published", ROWS[row], options))
+        digits = len(f"{tflop:g}".partition(".")[2])
+        found = pipeline.forward_flops / pipeline.passes / 1e12
+        assert tflop == pytest.approx(found, abs=0.51 * 10**-digits if digits else 0.5)
 
 
 def test_a_model_that_is_not_known():

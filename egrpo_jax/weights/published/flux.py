@@ -14,7 +14,7 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.weights.configs import EVEN, FLAG, SIZE, Key, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Layout, entry, linear
-from egrpo_jax.weights.published.bfl import Format, Names, stack, tensors
+from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, Names, stack, tensors
 
 CLASS_NAME = "FluxTransformer2DModel"
 KEYS: Mapping[str, Key] = MappingProxyType(
@@ -50,20 +50,11 @@ _GUIDANCE: Names = (
 _DOUBLE: Names = (
     ("image_modulation/linear", "norm1.linear", "img_mod.lin"),
     ("text_modulation/linear", "norm1_context.linear", "txt_mod.lin"),
-    ("image_qkv/to_q image_qkv/to_k image_qkv/to_v", "attn.to_q attn.to_k attn.to_v", "img_attn.qkv"),
-    ("text_qkv/to_q text_qkv/to_k text_qkv/to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv"),
-    ("image_out", "attn.to_out.0", "img_attn.proj"),
-    ("text_out", "attn.to_add_out", "txt_attn.proj"),
+    *JOINT_ATTENTION,
     ("image_ff/linear_1", "ff.net.0.proj", "img_mlp.0"),
     ("image_ff/linear_2", "ff.net.2", "img_mlp.2"),
     ("text_ff/linear_1", "ff_context.net.0.proj", "txt_mlp.0"),
     ("text_ff/linear_2", "ff_context.net.2", "txt_mlp.2"),
-)
-_DOUBLE_SCALES: Names = (
-    ("image_qkv/norm_q/scale", "attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
-    ("image_qkv/norm_k/scale", "attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
-    ("text_qkv/norm_q/scale", "attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
-    ("text_qkv/norm_k/scale", "attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
 )
 _SINGLE: Names = (
     ("modulation/linear", "norm.linear", "modulation.lin"),
@@ -81,7 +72,7 @@ def flux_layout(config: FluxConfig, fmt: Format) -> Layout:
     return (
         *tensors(_TOP + (_GUIDANCE if config.guidance_embed else ()), fmt, linear),
         *_final_modulation(fmt),
-        *stack("double_blocks", config.num_double_blocks, _DOUBLE, _DOUBLE_SCALES, fmt, linear),
+        *stack("double_blocks", config.num_double_blocks, _DOUBLE, JOINT_ATTENTION_SCALES, fmt, linear),
         *stack("single_blocks", config.num_single_blocks, _SINGLE, _SINGLE_SCALES, fmt, linear),
     )
 

@@ -15,7 +15,7 @@ from egrpo_jax.models.flux2 import Flux2Config
 from egrpo_jax.models.layers import TIME_FEATURES
 from egrpo_jax.weights.configs import EVEN, FLAG, POSITIVE, SIZE, Key, Kind, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import LINEAR_SWAPPED, Layout, entry, kernel
-from egrpo_jax.weights.published.bfl import Format, Names, stack, tensors
+from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, Names, stack, tensors
 
 CLASS_NAME = "Flux2Transformer2DModel"
 _WHOLE = Kind("a positive, whole number", lambda x: POSITIVE.fits(x) and x % 1 == 0 and SIZE.fits(int(x)))
@@ -54,20 +54,11 @@ _GUIDANCE: Names = (
     ("guidance_in/linear_2", "time_guidance_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
 )
 _DOUBLE: Names = (
-    ("image_qkv/to_q image_qkv/to_k image_qkv/to_v", "attn.to_q attn.to_k attn.to_v", "img_attn.qkv"),
-    ("text_qkv/to_q text_qkv/to_k text_qkv/to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv"),
-    ("image_out", "attn.to_out.0", "img_attn.proj"),
-    ("text_out", "attn.to_add_out", "txt_attn.proj"),
+    *JOINT_ATTENTION,
     ("image_ff/linear_1", "ff.linear_in", "img_mlp.0"),
     ("image_ff/linear_2", "ff.linear_out", "img_mlp.2"),
     ("text_ff/linear_1", "ff_context.linear_in", "txt_mlp.0"),
     ("text_ff/linear_2", "ff_context.linear_out", "txt_mlp.2"),
-)
-_DOUBLE_SCALES: Names = (
-    ("image_qkv/norm_q/scale", "attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
-    ("image_qkv/norm_k/scale", "attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
-    ("text_qkv/norm_q/scale", "attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
-    ("text_qkv/norm_k/scale", "attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
 )
 _SINGLE: Names = (
     ("qkv_mlp", "attn.to_qkv_mlp_proj", "linear1"),
@@ -84,7 +75,7 @@ def flux2_layout(config: Flux2Config, fmt: Format) -> Layout:
     return (
         *tensors(_TOP + (_GUIDANCE if config.guidance_embed else ()), fmt, kernel),
         *_final_modulation(fmt),
-        *stack("double_blocks", config.num_double_blocks, _DOUBLE, _DOUBLE_SCALES, fmt, kernel),
+        *stack("double_blocks", config.num_double_blocks, _DOUBLE, JOINT_ATTENTION_SCALES, fmt, kernel),
         *stack("single_blocks", config.num_single_blocks, _SINGLE, _SINGLE_SCALES, fmt, kernel),
     )
 
