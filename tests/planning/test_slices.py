@@ -118,7 +118,8 @@ def test_weights_may_be_split_over_a_part_of_a_slices_side():
 @pytest.mark.parametrize("config", [sd35_lora.SD35_LORA, flux2_klein_lora.FLUX2_KLEIN_LORA], ids=lambda c: c.name)
 @pytest.mark.parametrize("phase", ["rollout", "update"])
 def test_adapters_of_a_guided_model_fit_one_small_chip(phase, config):
-    options = dataclasses.replace(config.model.published, embeddings="made before")
+    # XLA's attention compares with arithmetic: fused, it pads 1357 tokens to 1536, and takes less memory.
+    options = dataclasses.replace(config.model.published, embeddings="made before", attention="xla")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, published=options))
     mesh = make_mesh(config.mesh, slice_devices("v5e:1x1"))
     with jax.set_mesh(mesh):
@@ -128,7 +129,7 @@ def test_adapters_of_a_guided_model_fit_one_small_chip(phase, config):
     assert cost.fits
     assert cost.compiled.work.unknown_loops == ()
     assert not cost.compiled.work.collectives
-    assert 0.97 <= cost.repeated <= 1.06
+    assert 0.9 < cost.repeated <= 1.03
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "v5p:3x2x1"])
