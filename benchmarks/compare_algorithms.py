@@ -1,12 +1,13 @@
 """The entries of a sweep compared on the emoji task: learning rates tuned for each, several seeds, intervals, figures.
 
     python -m benchmarks.compare_algorithms --sweep=algorithms --runs=runs/sweeps --jobs=2
-    python -m benchmarks.compare_algorithms --sweep=algorithms --only=none      # table and figure of what is there
+    python -m benchmarks.compare_algorithms --sweep=algorithms --only=none      # tables and figures of what is there
+    python -m benchmarks.compare_algorithms --sweep=algorithms --repeat=egrpo/final/2e-4/0      # a run once more
 
-First every entry is trained with each of `--rates` for half of its iterations, on four fifths of the training
-prompts, and judged on the others; then with its best rate, on all of them, for each of `--seeds`, and judged on the
-held-out prompts. Each run is one of `egrpo_jax.train`, in a folder of --runs: what is interrupted goes on where it was.
-What is found is kept in docs/results/<sweep>.json, and not run again.
+First every entry is trained with each of `--rates` on four fifths of the training prompts, and judged on the others;
+then with its best rate, on all of them, for each of `--seeds`, and judged on the held-out prompts. Each run is one of
+`egrpo_jax.train`, in a folder of --runs: what is interrupted goes on where it was. What is found is kept in
+docs/results/<sweep>.json, and not run again unless the sweep's iterations have changed.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from absl import flags
 from tqdm import tqdm
 
+from benchmarks import sweep_results
+from benchmarks.sweep_results import REWARDS, Found, Run, curve
 from egrpo_jax import cli
 from egrpo_jax.common.atomic import atomic_write
 from egrpo_jax.common.errors import UserError
 from egrpo_jax.data.prompts import read_prompts
-from egrpo_jax.figures.plots import new_figure, save_figure
 from egrpo_jax.run.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-REWARDS = ("emoji", "emoji_judge", "emoji_judge_r1")
-"""The trained one, the held-out judge, and how often that finds the prompt first of all."""
 DIVERSITY = "emoji_judge"
-TUNING_SEED, TUNING_SHARE, HELD_BACK = 100, 2, 5
+TUNING_SEED, HELD_BACK = 100, 5
+TOLERANCE = 0.01
+"""Of a run that is repeated, on whatever machine: small rounding grows in training."""
 
 FLAGS = flags.FlagValues()
 SWEEP = flags.DEFINE_string("sweep", "algorithms", "A file of configs/sweeps, without its ending.", flag_values=FLAGS)
@@ -48,23 +49,10 @@ RUNS = flags.DEFINE_string(
     "runs", "runs/sweeps", "Folder of the runs; it may be deleted at the end.", flag_values=FLAGS
 )
 ONLY = flags.DEFINE_list("only", None, "Entries to run; by default all; none: no more.", flag_values=FLAGS)
-RATES = flags.DEFINE_list("rates", ["5e-5", "1e-4", "2e-4", "4e-4"], "Learning rates to try.", flag_values=FLAGS)
+RATES = flags.DEFINE_list("rates", ["1e-4", "2e-4", "4e-4"], "Learning rates to try.", flag_values=FLAGS)
+REPEAT = flags.DEFINE_string("repeat", None, "A run of the results to carry out once more, alone.", flag_values=FLAGS)
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, from 0 on.", lower_bound=2, flag_values=FLAGS)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, which share the cores.", lower_bound=1, flag_values=FLAGS)
-
-
-class Run(NamedTuple):
-    """A training: `stage` is "tune" or "final"."""
-
-    entry: str
-    stage: str
-    rate: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its name in the results, and of its folder."""
-        return f"{self.entry}/{self.stage}/{self.rate}/{self.seed}"
 
 
 class Sweep(NamedTuple):
@@ -96,13 +84,11 @@ def split_prompts(folder: Path) -> tuple[Path, Path]:
 
 def command(sweep: Sweep, run: Run, folder: Path) -> list[str]:
     """The training, as a person would start it."""
-    iterations = sweep.iterations(run.entry)
     words = [sys.executable, "-m", "egrpo_jax.train", f"--config=configs/sweeps/{sweep.name}.py:{run.entry}"]
     words += [f"--workdir={folder / run.name}", f"--config.seed={run.seed}", f"--config.optim.learning_rate={run.rate}"]
     if run.stage == "tune":
         train, judge = split_prompts(folder)
-        share = max(1, iterations // TUNING_SHARE)
-        words += [f"--config.num_iterations={share}", f"--config.evaluation.every={share}"]
+        words += [f"--config.evaluation.every={sweep.iterations(run.entry)}"]
         words += [f"--config.prompts={train}", f"--config.evaluation.prompts={judge}"]
     return words
 
@@ -118,7 +104,7 @@ def start(words: Sequence[str], cores: Sequence[int]) -> None:
         raise UserError(f"{' '.join(words[2:5])} ended with {process.returncode}: {last[0]}")
 
 
-def carry_out(sweep: Sweep, run: Run, folder: Path, cores: Sequence[int]) -> dict[str, Any]:
+def carry_out(sweep: Sweep, run: Run, folder: Path, cores: Sequence[int]) -> Found:
     """Trains on `cores`, and judges: the numbers of a run."""
     workdir = folder / run.name
     start(command(sweep, run, folder), cores)
@@ -137,37 +123,34 @@ def diversity_change(rows: Sequence[dict[str, Any]]) -> float:
     return next(row["change"]["mean"] for row in rows if row["name"] == f"diversity ({DIVERSITY})")
 
 
-def evaluations(workdir: Path) -> dict[str, Any]:
+def evaluations(workdir: Path) -> Found:
     """The rewards of a run's evaluations, and the seconds of training before each: the lower quartile of an iteration's
     times their number, as what else the machine does makes some slower, and the first one compiles."""
     lines = read_metrics(workdir / "metrics.jsonl")
     iteration = float(np.quantile([line["seconds/iteration"] for line in lines if "seconds/iteration" in line], 0.25))
     found = []
     for line in lines:
-        if f"eval/{REWARDS[0]}/mean" in line:
+        if any(f"eval/{name}/mean" in line for name in REWARDS):
             rewards = {name: line[f"eval/{name}/mean"] for name in REWARDS}
             found.append({"iteration": int(line["iteration"]), "seconds": line["iteration"] * iteration, **rewards})
     return {"evaluations": found}
 
 
-def gain(found: dict[str, Any], reward: str) -> float:
-    """The change of a reward from the first evaluation to the last."""
-    rows = found["evaluations"]
-    return rows[-1][reward] - rows[0][reward]
+def load_results(sweep: Sweep, file: Path) -> dict[str, Found]:
+    """The runs that are there, of as many iterations as the sweep has now; others are not counted."""
+    results = json.loads(file.read_text()) if file.exists() else {}
+    ended = {name: curve(found, "iteration")[-1] for name, found in results.items()}
+    return {name: results[name] for name, end in ended.items() if end == sweep.iterations(Run.of(name).entry)}
 
 
-def best_rate(results: dict[str, Any], entry: str) -> str:
-    """The learning rate with the largest gain of the trained reward on the tuning prompts."""
-    return max(RATES.value, key=lambda rate: gain(results[Run(entry, "tune", rate, TUNING_SEED).name], REWARDS[0]))
-
-
-def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Any], file: Path) -> None:
+def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Found], file: Path) -> None:
     """Carries out what is missing, so many side by side, and writes each down at once."""
     missing = [run for run in runs if run.name not in results]
     if not missing:
         return
     folder, cores = Path(RUNS.value).absolute() / sweep.name, sorted(os.sched_getaffinity(0))
     split_prompts(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / ".compilation_cache"))  # seeds compile alike
     share = max(1, len(cores) // JOBS.value)
     free = [cores[job * share % len(cores) :][:share] for job in range(JOBS.value)]
     lock = threading.Lock()
@@ -191,79 +174,43 @@ def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Any], file: Pa
             pool.shutdown(cancel_futures=True)
 
 
-def table(sweep: Sweep, results: dict[str, Any]) -> str:
-    """A Markdown table of the entries that have two seeds or more, the largest gain first."""
-    rows = []
-    for entry in sweep.entries:
-        found = finals(results, entry)
-        if len(found) < 2:
-            continue
-        gains = [[gain(run, reward) for run in found] for reward in REWARDS] + [[run["diversity"] for run in found]]
-        last = [run["evaluations"][-1] for run in found]
-        seconds, iterations = np.mean([row["seconds"] for row in last]), last[0]["iteration"]
-        rate = next(name.split("/")[2] for name in results if name.startswith(f"{entry}/final/"))
-        cells = [entry, rate, str(iterations), f"{seconds:.0f}", str(len(found)), *map(interval, gains)]
-        rows.append((np.mean(gains[1]), cells))
-    head = [
-        "entry",
-        "learning rate",
-        "iterations",
-        "seconds",
-        "seeds",
-        *(f"{name}, gain" for name in REWARDS),
-        "diversity",
-    ]
-    lines = [head, ["---"] * len(head), *(cells for _, cells in sorted(rows, key=lambda row: -row[0]))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def repeat(sweep: Sweep, name: str, results: dict[str, Found]) -> None:
+    """Carries out a run that is in the results once more. Raises UserError if it takes another course."""
+    if name not in results:
+        raise UserError(f"--repeat: found {name!r}, expected a run of {sweep.name}.json, as egrpo/final/2e-4/0")
+    run = Run.of(name)
+    folder = Path(RUNS.value).absolute() / sweep.name
+    found = carry_out(sweep, run, folder, sorted(os.sched_getaffinity(0)))
+    for reward in ("emoji", "emoji_judge"):
+        again, before = curve(found, reward), curve(results[run.name], reward)
+        print(f"{reward}: {np.round(again, 4)}, in the results {np.round(before, 4)}")
+        if abs(again - before).max() > TOLERANCE:
+            raise UserError(f"--repeat: {reward} of {run.name} is not what the results say, by more than {TOLERANCE}")
 
 
-def finals(results: dict[str, Any], entry: str) -> list[dict[str, Any]]:
-    """The final runs of an entry."""
-    return [found for name, found in sorted(results.items()) if name.startswith(f"{entry}/final/")]
-
-
-def interval(values: Sequence[float]) -> str:
-    """The mean and its 95 % interval over seeds, by Student's t."""
-    half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
-    return f"{np.mean(values):+.4f} ± {half:.4f}"
-
-
-def plot(sweep: Sweep, results: dict[str, Any], path: Path) -> None:
-    """Trained reward and judge by the share of the passes, and by time; means over seeds."""
-    figure = new_figure(13, 8)
-    axes = figure.subplots(2, 2)
-    styles = ("-", "--", ":")
-    for index, entry in enumerate(entry for entry in sweep.entries if finals(results, entry)):
-        runs = [run["evaluations"] for run in finals(results, entry)]
-        mean = lambda key, runs=runs: np.mean([[row[key] for row in rows] for rows in runs], axis=0)
-        share = mean("iteration") / runs[0][-1]["iteration"]
-        for column, reward in enumerate(REWARDS[:2]):
-            look = {"color": f"C{index % 10}", "linestyle": styles[index // 10 % 3], "marker": ".", "label": entry}
-            axes[0, column].plot(share, mean(reward), **look)
-            axes[1, column].plot(mean("seconds"), mean(reward), **look)
-    for column, reward in enumerate(REWARDS[:2]):
-        for row, label in enumerate(("share of the forward passes", "seconds")):
-            axes[row, column].set_title(f"{reward} ({'trained' if column == 0 else 'held out'})", fontsize=11)
-            axes[row, column].set_xlabel(label)
-            axes[row, column].grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    save_figure(figure, path)
+def show(sweep: Sweep, results: dict[str, Found]) -> None:
+    """Prints the tables of what is there, and draws the figures."""
+    if found := sweep_results.entries(results, sweep.entries):
+        print(sweep_results.table(found), sweep_results.table_of_equal_time(found), sep="\n\n")
+        sweep_results.plot(found, RESULTS / f"{sweep.name}.png")
+        sweep_results.plot_gains(found, RESULTS / f"{sweep.name}_gains.png")
 
 
 def main() -> None:
     """Tunes, trains, and shows."""
     sweep = load_sweep(SWEEP.value)
+    file = RESULTS / f"{sweep.name}.json"
+    results = load_results(sweep, file)
+    if REPEAT.value is not None:
+        repeat(sweep, REPEAT.value, results)
+        return
     chosen = sweep.entries if ONLY.value is None else [entry for entry in ONLY.value if entry != "none"]
     if unknown := set(chosen) - set(sweep.entries):
         raise UserError(f"--only: found {sorted(unknown)}, expected some of {', '.join(sweep.entries)}")
-    file = RESULTS / f"{sweep.name}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
     run_all(sweep, [Run(e, "tune", rate, TUNING_SEED) for e in chosen for rate in RATES.value], results, file)
-    best = {entry: best_rate(results, entry) for entry in chosen}
+    best = {entry: sweep_results.best_rate(results, entry) for entry in chosen}
     run_all(sweep, [Run(e, "final", best[e], seed) for seed in range(SEEDS.value) for e in chosen], results, file)
-    print(table(sweep, results))
-    if any(finals(results, entry) for entry in sweep.entries):
-        plot(sweep, results, RESULTS / f"{sweep.name}.png")
+    show(sweep, results)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Model, prompts, prompts an iteration and optimizer are one for all; schedule, credit and loss are those of
 `configs/algorithms/*.py:emoji`. What differs in cost has more or fewer iterations: a backward pass counts as two
-forward passes. Hardware: 2 CPU cores; a run takes 3 to 5 minutes on one of them.
+forward passes. Hardware: 2 CPU cores; a run takes 2 to 5 minutes on one of them.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from egrpo_jax.rl.algorithms.base import ALGORITHMS
 from egrpo_jax.training.config import EvaluationConfig, TrainConfig, train_config
 
 FOLDER = Path(__file__).parent.parent / "algorithms"
-BUDGET = 76_800
-"""Forward passes of a run, those of 40 iterations of E-GRPO."""
+BUDGET = 57_600
+"""Forward passes of a run, those of 30 iterations of E-GRPO."""
 EVALUATIONS = 5
 
 

@@ -3,8 +3,8 @@
     python -m egrpo_jax.train --config configs/sweeps/factorial.py:exact-none-flat
 
 A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to equal entropy by "merge", by
-"noise" alone, or "none"; "plain" or "flat" weights. Others are the paper's ablations, epochs, and other tails. All have
-equal forward passes, as in `configs/sweeps/algorithms.py`.
+"noise" alone, or "none"; "plain" or "flat" weights. Others are noise that adapts to its effect, the paper's ablations,
+epochs, and other tails. All have equal forward passes, as in `configs/sweeps/algorithms.py`.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ FACTORS = {
     f"exact-noise-{weights}": (dataclasses.replace(BASE, **BY_NOISE), learner)
     for weights, learner in {"plain": LEARNER, "flat": FLAT}.items()
 }
+ADAPTIVE = {"adaptive": (dataclasses.replace(BASE, **BY_NOISE, adapt_every=5), LEARNER)}
 EPOCHS = {
     f"epochs_{count}{'_mask' if mask else ''}": (
         BASE,
@@ -54,7 +55,7 @@ ABLATIONS = (
     | {name: (dataclasses.replace(BASE, active_steps=steps), LEARNER) for name, steps in STEPS.items()}
     | {name: (dataclasses.replace(BASE, **tails), LEARNER) for name, tails in TAILS.items()}
 )
-VARIANTS = FACTORS | EPOCHS | ABLATIONS
+VARIANTS = FACTORS | ADAPTIVE | EPOCHS | ABLATIONS
 ENTRIES = tuple(VARIANTS)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare_algorithms as compare
+from benchmarks.sweep_results import gain
 from egrpo_jax.common.config import from_config_dict
 from egrpo_jax.evaluation.side_by_side import Judging, compare_all
 from egrpo_jax.evaluation.statistics import as_json
@@ -41,9 +42,22 @@ def test_the_sweeps_are_those_of_the_question():
     assert {"epochs_2", "epochs_4_mask", "tau_1.8", "merge_4", "last_half", "all_steps"} <= {
         *SWEEPS["factorial"].entries
     }
-    for name in SWEEPS:
+    assert "adaptive" in SWEEPS["factorial"].entries
+    for name in (*SWEEPS, "tails"):
         with pytest.raises(ValueError, match=f"configs/sweeps/{name}.py has the variants"):
             module(name)["get_config"]("another")
+
+
+def test_tails_are_compared_at_the_papers_setting_and_equal_iterations():
+    paper, fast = (from_config_dict(TrainConfig, module("tails")["get_config"](name)) for name in ("paper", "fast"))
+    assert (paper.plan.num_steps, paper.plan.group_size, paper.num_iterations) == (16, 12, fast.num_iterations)
+    assert paper.plan.make_plan().rollout_passes == 1012
+    assert fast.plan.make_plan().rollout_passes == 400
+    shipped = from_config_dict(
+        TrainConfig, compare.runpy.run_path(str(programs.ROOT / "configs/flux_egrpo_fast.py"))["get_config"]()
+    )
+    assert fast.plan == shipped.plan
+    assert paper.learner == fast.learner
 
 
 def found(start, end, seconds=10.0, diversity=0.0):
@@ -62,6 +76,7 @@ def sweep(monkeypatch, tmp_path):
         "JOBS": 1,
         "ONLY": None,
         "SWEEP": "small",
+        "REPEAT": None,
     }
     for name, value in flags.items():
         monkeypatch.setattr(compare, name, type("Flag", (), {"value": value}))
@@ -94,12 +109,38 @@ def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
     }
     assert len(started) <= 2 * 2 + 2 * 2 + 1
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2].startswith("| good | 1e-5 | 2 | 20 | 2 | +0.2050 ± 0.0635 | ")
+    assert rows[2].startswith("| good | 1e-5 | 2 | 1.00 | 2 | +0.2050 ± 0.0635 | ")
     assert rows[3].startswith("| bad | 1e-4 |")
-    assert (tmp_path / "small.png").stat().st_size > 10_000
+    for name in ("small.png", "small_gains.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     count = len(started)
     compare.main()
     assert len(started) == count
+
+
+@pytest.mark.usefixtures("sweep")
+def test_runs_of_other_iterations_are_run_again(monkeypatch, tmp_path):
+    shorter = {"evaluations": found(0.1, 0.9)["evaluations"][:1]}
+    (tmp_path / "small.json").write_text(
+        json.dumps({"good/tune/1e-5/100": shorter, "bad/tune/1e-5/100": found(0.1, 0.2)})
+    )
+    started = []
+    monkeypatch.setattr(compare, "carry_out", lambda _, run, *__: started.append(run.name) or found(0.1, 0.1))
+    compare.main()
+    assert "good/tune/1e-5/100" in started
+    assert "bad/tune/1e-5/100" not in started
+
+
+def test_a_run_is_repeated(monkeypatch, sweep, capsys):
+    results = {"good/final/1e-5/0": found(0.1, 0.2)}
+    with pytest.raises(compare.UserError, match=r"--repeat: found 'good/final/1e-4/0', .* of small.json"):
+        compare.repeat(sweep, "good/final/1e-4/0", results)
+    monkeypatch.setattr(compare, "carry_out", lambda *_: found(0.1, 0.209))
+    compare.repeat(sweep, "good/final/1e-5/0", results)
+    assert "emoji_judge: [0.1   0.209], in the results [0.1 0.2]" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "carry_out", lambda *_: found(0.1, 0.211))
+    with pytest.raises(compare.UserError, match="--repeat: emoji of good/final/1e-5/0 is not what the results say"):
+        compare.repeat(sweep, "good/final/1e-5/0", results)
 
 
 def test_tuning_trains_and_judges_on_other_prompts(tmp_path):
@@ -133,7 +174,8 @@ def test_the_command_of_a_run(tmp_path):
         *("--config.seed=3", "--config.optim.learning_rate=5e-5"),
     ]
     shorter = compare.command(sweep, tuning, tmp_path)[len(words) :]
-    assert shorter[:2] == ["--config.num_iterations=15", "--config.evaluation.every=15"]
+    assert shorter[0] == "--config.evaluation.every=30"
+    assert [word.split("=")[0] for word in shorter[1:]] == ["--config.prompts", "--config.evaluation.prompts"]
 
 
 def test_a_run_of_the_comparison(monkeypatch, tmp_path):
@@ -143,11 +185,11 @@ def test_a_run_of_the_comparison(monkeypatch, tmp_path):
         "train", "--config=tests/toy.py", "--config.num_iterations=4", f"--workdir={tmp_path / run.name}"
     )
     monkeypatch.setattr(compare, "command", lambda *_: toy)
-    monkeypatch.setattr(compare, "REWARDS", ("tests.toy:redness", "tests.toy:brightness"))
+    monkeypatch.setattr(compare, "REWARDS", {"tests.toy:redness": "trained"})
     numbers = compare.carry_out(SWEEPS["algorithms"], run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
     first, last = numbers["evaluations"]
     assert (first["iteration"], last["iteration"]) == (0, 4)
     assert first["seconds"] == 0 < last["seconds"]
-    assert compare.gain(numbers, "tests.toy:redness") != 0
+    assert gain(numbers, "tests.toy:redness") != 0
     again = compare.carry_out(SWEEPS["algorithms"], run, tmp_path, sorted(compare.os.sched_getaffinity(0)))
     assert again == numbers
