@@ -2,7 +2,7 @@
 
     python -m egrpo_jax.train --config configs/sweeps/factorial.py:exact-none-flat
 
-A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to equal entropy by "merge", by
+A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to their entropy by "merge", by
 "noise" alone, or "none"; "plain" or "flat" weights. Others are noise that adapts to its effect, the paper's ablations,
 epochs, and other tails. All have equal forward passes, as in `configs/sweeps/algorithms.py`.
 """
@@ -22,8 +22,7 @@ SWEEP = run_path(str(Path(__file__).with_name("algorithms.py")))
 BASE = EGrpo(num_steps=8, group_size=8, tail_strides=(2,))
 LEARNER = LearnerConfig(updates="per_active_step", ema_decay=0.9)
 FLAT = dataclasses.replace(LEARNER, step_weights="flat", clip_range=4e-6)
-ENTROPY = {"merge": {}, "none": {"entropy_threshold": 0.0}}
-BY_NOISE = {"process": "exact_sde", "entropy_by": "noise"}
+ENTROPY = {"merge": {}, "none": {"entropy_threshold": 0.0}, "noise": {"entropy_by": "noise"}}
 TAILS = {"tail_full": {"tail_strides": (1,)}} | {
     f"tail_2m_{count}": {"tail_strides": (), "tail_steps": (count,)} for count in (2, 3)
 }
@@ -34,11 +33,8 @@ FACTORS = {
     for (kernel, process), entropy, (weights, learner) in itertools.product(
         {"flow": {}, "exact": {"process": "exact_sde"}}.items(), ENTROPY, {"plain": LEARNER, "flat": FLAT}.items()
     )
-} | {
-    f"exact-noise-{weights}": (dataclasses.replace(BASE, **BY_NOISE), learner)
-    for weights, learner in {"plain": LEARNER, "flat": FLAT}.items()
 }
-ADAPTIVE = {"adaptive": (dataclasses.replace(BASE, **BY_NOISE, adapt_every=5), LEARNER)}
+ADAPTIVE = {"adaptive": (dataclasses.replace(FACTORS["exact-noise-plain"][0], adapt_every=5), LEARNER)}
 EPOCHS = {
     f"epochs_{count}{'_mask' if mask else ''}": (
         BASE,

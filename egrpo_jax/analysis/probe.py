@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from egrpo_jax.common.errors import ConfigError, UserError
 from egrpo_jax.flow.entropy import exp_entropy, merge_by_entropy, noise_by_entropy
-from egrpo_jax.flow.process import NoiseByStd, Process
+from egrpo_jax.flow.process import ByStd, Process
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver, tail_steps
 from egrpo_jax.rl.algorithms.base import Algorithm, StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan, Branch
@@ -79,7 +79,7 @@ def forms(algorithm: Algorithm, pairs: int, steps: tuple[int, ...] | None = None
 
 
 def _name(name: str, process: Process) -> str:
-    if isinstance(process, NoiseByStd):
+    if isinstance(process, ByStd):
         return f"{name}, std {', '.join(f'{std:g}' for std in process.stds)}"
     level = getattr(process, "noise_level", None)
     return name if level is None else f"{name}, noise level {level:g}"

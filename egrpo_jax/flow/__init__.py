@@ -2,7 +2,7 @@
 
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.grid import Times, empirical_shift, resolution_shift, shifted_times
-from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode, Process
+from egrpo_jax.flow.process import Cps, DanceSde, ExactByStd, ExactSde, FlowByStd, FlowSde, Ode, Process
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver, VelocityFn, solve, solve_path, tail_steps
 from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob
 
@@ -11,11 +11,12 @@ __all__ = [
     "DanceSde",
     "DpmSolver2M",
     "Euler",
+    "ExactByStd",
     "ExactSde",
+    "FlowByStd",
     "FlowSde",
     "Kernel",
     "Merge",
-    "NoiseByStd",
     "Ode",
     "Process",
     "Solver",

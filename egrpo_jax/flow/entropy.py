@@ -5,18 +5,18 @@ A Gaussian step of standard deviation std has, per latent dimension, the differe
     h / d = 1/2 log(2 pi e std^2),      e^{h/d} = sqrt(2 pi e) std.
 
 E-GRPO (arXiv:2601.00423, section 4) merges l grid steps into one random step, l being the smallest number for which
-e^{h/d} reaches a threshold tau. Where a step may have any std, `NoiseByStd`, it reaches tau without a merge. All
-functions here run on the host in float64: a plan is static.
+e^{h/d} reaches a threshold tau. Where a step may have any std, `ExactByStd` and `FlowByStd`, it reaches tau without a
+merge. All functions here run on the host in float64: a plan is static.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from egrpo_jax.flow.grid import Times, ends
-from egrpo_jax.flow.process import NoiseByStd, Process
+from egrpo_jax.flow.process import ExactByStd, Process, Stds
 
 _EXP_ENTROPY = math.sqrt(2 * math.pi * math.e)  # of a step of std 1
 
@@ -32,9 +32,12 @@ def exp_entropy_of(std: float) -> float:
     return _EXP_ENTROPY * std
 
 
-def noise_by_entropy(threshold: float) -> NoiseByStd:
-    """The process whose single steps have e^{h/d} = `threshold`, or all noise fresh where t' is too small for that."""
-    return NoiseByStd((threshold / _EXP_ENTROPY,))
+def noise_by_entropy(threshold: float, by_std: Callable[[Stds], Process] = ExactByStd) -> Process:
+    """The process whose single steps have e^{h/d} = `threshold`.
+
+    Of `ExactByStd` all noise is fresh where t' is too small for that.
+    """
+    return by_std((threshold / _EXP_ENTROPY,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,31 +229,57 @@ class ExactSde(_SameNoise):
         return next_time * math.sqrt(1 - ratio**self.noise_level**2)
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseByStd(_SameNoise):
-    """The step of `ExactSde` with a standard deviation of one's own choice, at most t': then all noise is fresh.
+Stds = tuple[Annotated[float, Range(1e-4, 1000)], ...]
 
-    It keeps the noise level, exactly, for any step, but not the marginals: see `ExactSde`, and where the std does not
-    shrink with dt, `Cps`. It is a step of `ExactSde` with eta^2 = ln(1 - (std/t')^2) / ln r.
+
+@dataclasses.dataclass(frozen=True)
+class ByStd:
+    """A standard deviation of one's own choice.
 
     Attributes:
-      stds: one standard deviation for all steps, or one for each step of the grid.
+      stds: one for all steps, or one for each step of the grid.
     """
 
-    stds: tuple[Annotated[float, Range(1e-4, 1000)], ...]
+    stds: Stds
 
     def __post_init__(self) -> None:
         check(self)
         if not self.stds:
             raise ConfigError("stds", self.stds, "one standard deviation, or one for each step of the grid")
 
-    def noise(self, times: Times, step: int, span: int) -> float:
-        """std, at most t'. Raises ConfigError if `stds` are those of a grid of another length."""
-        _, next_time = ends(times, step, span)
+    def chosen(self, times: Times, step: int) -> float:
+        """That of a step. Raises ConfigError if `stds` are those of a grid of another length."""
         steps = len(times) - 1
         if len(self.stds) not in (1, steps):
             raise ConfigError("stds", self.stds, f"one standard deviation, or one for each of the grid's {steps} steps")
-        return min(self.stds[step if len(self.stds) > 1 else 0], next_time)
+        return self.stds[step if len(self.stds) > 1 else 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactByStd(ByStd, _SameNoise):
+    """The step of `ExactSde` with a standard deviation of one's own choice, at most t': then all noise is fresh.
+
+    It keeps the noise level, exactly, for any step, but not the marginals: see `ExactSde`, and where the std does not
+    shrink with dt, `Cps`. It is a step of `ExactSde` with eta^2 = ln(1 - (std/t')^2) / ln r.
+    """
+
+    def noise(self, times: Times, step: int, span: int) -> float:
+        """std, at most t'. Raises ConfigError if `stds` are those of a grid of another length."""
+        _, next_time = ends(times, step, span)
+        return min(self.chosen(times, step), next_time)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowByStd(ByStd, _EulerMaruyama):
+    """The step of `FlowSde` with a standard deviation of one's own choice.
+
+    As a step of `FlowSde` of this std it adds too much noise: n^2 - t'^2 = std^2 [dt + std^2/(4 t)] / t.
+    """
+
+    def noise(self, times: Times, step: int, span: int) -> float:
+        """g = std / sqrt(dt). Raises ConfigError if `stds` are those of a grid of another length."""
+        time, next_time = ends(times, step, span)
+        return self.chosen(times, step) / math.sqrt(time - next_time)
 
 
 def _scalars(latents: chex.Array, velocity: chex.Array, *scalars: chex.Array) -> list[chex.Array]:

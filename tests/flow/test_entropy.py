@@ -8,7 +8,7 @@ import pytest
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.entropy import Merge, exp_entropy, merge_by_entropy, merges_by_entropy, noise_by_entropy
 from egrpo_jax.flow.grid import shifted_times
-from egrpo_jax.flow.process import Cps, ExactSde, FlowSde
+from egrpo_jax.flow.process import Cps, ExactSde, FlowByStd, FlowSde
 
 TIMES = shifted_times(16, 3.0)
 PAPER = FlowSde(0.7)
@@ -78,6 +78,11 @@ def test_noise_alone_meets_the_threshold_without_a_merge():
     assert merges_by_entropy(process, TIMES, ACTIVE, 2.2 - 1e-9) == (Merge(1),) * 8
     assert process.noise(TIMES, 13, 1) == TIMES[14]  # t' = .3: more than all of it there is not
     assert exp_entropy(process, TIMES, 13, 1) < 2.2
+
+
+def test_eulers_kernel_meets_it_likewise():
+    process = noise_by_entropy(2.2, FlowByStd)
+    np.testing.assert_allclose([exp_entropy(process, TIMES, step, 1) for step in range(16)], 2.2, rtol=1e-12)
 
 
 def test_a_threshold_of_no_noise_is_refused():

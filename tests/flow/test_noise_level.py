@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from egrpo_jax.flow.grid import shifted_times
-from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode
+from egrpo_jax.flow.process import Cps, DanceSde, ExactByStd, ExactSde, FlowByStd, FlowSde, Ode
 from egrpo_jax.flow.transition import draw
 from tests.flow.gaussians import factor_and_std, mixture_velocity, variance_at
 
@@ -74,7 +74,7 @@ def test_table_of_steps(step, span, row):
     close(kappa(ExactSde(0.7), step, span), exact_kappa)
 
 
-@pytest.mark.parametrize("process", [ExactSde(0.7), ExactSde(1.5), Cps(0.7), NoiseByStd((0.5,)), Ode()], ids=str)
+@pytest.mark.parametrize("process", [ExactSde(0.7), ExactSde(1.5), Cps(0.7), ExactByStd((0.5,)), Ode()], ids=str)
 def test_noise_level_is_exact_for_any_step(process):
     levels = [noise_level(process, i, span) for i, span, _ in ROWS]
     np.testing.assert_allclose(levels, 1, atol=2e-5)
@@ -87,13 +87,21 @@ def test_euler_steps_add_what_the_docstring_says():
         np.testing.assert_allclose((noise_level(FlowSde(0.7), i, span) * t_next) ** 2 - t_next**2, excess, atol=1e-5)
 
 
+def test_a_chosen_std_of_eulers_kernel_adds_too_much_noise():
+    for step in range(1, 15):
+        time, next_time, _ = row_of(FlowByStd((0.4,)), step, 1)
+        excess = 0.4**2 * (time - next_time + 0.4**2 / (4 * time)) / time
+        found = (noise_level(FlowByStd((0.4,)), step, 1) * next_time) ** 2 - next_time**2
+        np.testing.assert_allclose(found, excess, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("process", "merges", "expected"),
     [
         (FlowSde(0.7), [1] * 8, ".31 .41 .63 .83 1.05 1.30 1.57 1.90"),
         (FlowSde(0.7), MERGED, ".19 .25 .55 .73 .93 1.45 1.76 2.14"),
         (ExactSde(0.7), MERGED, ".10 .24 .55 .70 .87 1.48 1.82 2.25"),
-        (NoiseByStd((0.4,)), [1] * 8, ".53 .63 .73 .86 1.01 1.18 1.40 1.66"),
+        (ExactByStd((0.4,)), [1] * 8, ".53 .63 .73 .86 1.01 1.18 1.40 1.66"),
     ],
     ids=["single", "merged", "exact", "by_std"],
 )
@@ -108,7 +116,7 @@ def test_relative_weights_of_the_steps(process, merges, expected):
 )
 def test_a_chosen_std_is_a_step_of_the_exact_sde(std, etas):
     for step, eta in enumerate(map(float, etas.split()), start=1):
-        time, next_time, noise = row_of(NoiseByStd((std,)), step, 1)
+        time, next_time, noise = row_of(ExactByStd((std,)), step, 1)
         ratio = next_time * (1 - time) / (time * (1 - next_time))
         found = np.sqrt(np.log(1 - (noise / next_time) ** 2) / np.log(ratio))
         np.testing.assert_allclose(found, eta, atol=6e-4)

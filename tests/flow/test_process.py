@@ -10,13 +10,13 @@ import pytest
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.grid import shifted_times
-from egrpo_jax.flow.process import Cps, DanceSde, ExactSde, FlowSde, NoiseByStd, Ode
+from egrpo_jax.flow.process import Cps, DanceSde, ExactByStd, ExactSde, FlowByStd, FlowSde, Ode
 from egrpo_jax.flow.transition import Kernel, draw, euler_step, log_prob, over_latents
 
 TIMES = shifted_times(16, 3.0)
 X, V, NOISE = np.random.default_rng(0).normal(size=(3, 4, 6, 5)).astype(np.float32)
 STEPS = [(0, 1), (1, 1), (3, 2), (7, 3), (14, 1)]
-RANDOM = [FlowSde(0.7), DanceSde(0.3), Cps(0.7), ExactSde(0.7), ExactSde(1.5), NoiseByStd((0.4,))]
+RANDOM = [FlowSde(0.7), DanceSde(0.3), Cps(0.7), ExactSde(0.7), ExactSde(1.5), ExactByStd((0.4,)), FlowByStd((0.4,))]
 each_random = pytest.mark.parametrize("process", RANDOM, ids=str)
 each_process = pytest.mark.parametrize("process", [*RANDOM, Ode()], ids=str)
 
@@ -24,9 +24,10 @@ each_process = pytest.mark.parametrize("process", [*RANDOM, Ode()], ids=str)
 def published(process, t, t_next, t_1):
     """The std of a process, and its mean as factors of x and v, in the forms in which the papers' codes have them."""
     span = t - t_next
-    if isinstance(process, FlowSde | DanceSde | Ode):
+    if isinstance(process, FlowSde | DanceSde | FlowByStd | Ode):
         remaining = 1 - (t_1 if t == 1 else t)
-        g = {Ode: 0, DanceSde: 0.3, FlowSde: 0.7 * np.sqrt(t / remaining)}[type(process)]
+        levels = {Ode: 0, DanceSde: 0.3, FlowSde: 0.7 * np.sqrt(t / remaining), FlowByStd: 0.4 / np.sqrt(span)}
+        g = levels[type(process)]
         return g * np.sqrt(span), 1 - g**2 * span / (2 * t), -span * (1 + g**2 * (1 - t) / (2 * t))
     if isinstance(process, Cps):
         std = t_next * np.sin(0.7 * np.pi / 2)
@@ -134,7 +135,7 @@ def test_exact_sde_draws_all_noise_afresh_at_pure_noise(noise_level):
     chex.assert_trees_all_close(kernel.mean, np.float32(1 - TIMES[3]) * (X - V), atol=1e-6)
 
 
-@pytest.mark.parametrize("process", [Cps(1.0), ExactSde(0.7), NoiseByStd((0.4,))], ids=str)
+@pytest.mark.parametrize("process", [Cps(1.0), ExactSde(0.7), ExactByStd((0.4,))], ids=str)
 def test_no_noise_reaches_the_end(process):
     """The step to t' = 0 has no noise, and ends at the predicted data."""
     assert process.noise(TIMES, 13, 3) == 0
@@ -153,10 +154,17 @@ def test_float32_keeps_the_noise_level(share):
 
 
 def test_std_by_choice():
-    steps = NoiseByStd(tuple(np.linspace(0.9, 0.15, 16).tolist()))
-    assert [NoiseByStd((0.5,)).noise(TIMES, i, 1) for i in (0, 11, 12)] == [0.5, 0.5, TIMES[13]]
+    steps = ExactByStd(tuple(np.linspace(0.9, 0.15, 16).tolist()))
+    assert [ExactByStd((0.5,)).noise(TIMES, i, 1) for i in (0, 11, 12)] == [0.5, 0.5, TIMES[13]]
     assert [steps.noise(TIMES, i, 1) for i in (0, 14)] == [0.9, TIMES[15]]
     np.testing.assert_allclose(steps.noise(TIMES, 4, 3), 0.7)
+
+
+def test_any_std_is_a_step_of_flow_sde_of_some_level():
+    for step in range(1, 15):
+        time, next_time, noise = TIMES[step], TIMES[step + 1], FlowByStd((0.4,)).noise(TIMES, step, 1)
+        level = 0.4 / np.sqrt(time / (1 - time) * (time - next_time))
+        np.testing.assert_allclose(FlowSde(level).noise(TIMES, step, 1), noise, rtol=1e-12)
 
 
 def test_schedules_that_move_compile_once():
@@ -202,13 +210,15 @@ def test_more_than_all_noise_is_refused():
 
 @pytest.mark.parametrize("stds", [(), (0.0,), (0.4, float("nan"))])
 def test_senseless_stds_are_refused(stds):
-    with pytest.raises(ConfigError, match=r"^config.stds"):
-        NoiseByStd(stds)
+    for process in (ExactByStd, FlowByStd):
+        with pytest.raises(ConfigError, match=r"^config.stds"):
+            process(stds)
 
 
-def test_stds_of_another_grid_are_refused():
+@pytest.mark.parametrize("process", [ExactByStd, FlowByStd])
+def test_stds_of_another_grid_are_refused(process):
     with pytest.raises(ConfigError, match=r"each of the grid's 16 steps"):
-        NoiseByStd((0.4, 0.3)).noise(TIMES, 0, 1)
+        process((0.4, 0.3)).noise(TIMES, 0, 1)
 
 
 def test_processes_are_values():

@@ -94,3 +94,5 @@ def test_samples_are_those_of_a_plan_with_that_noise_and_nothing_is_compiled_ane
 def test_only_chosen_noise_can_adapt():
     with pytest.raises(ConfigError, match="adapt_every"):
         EGrpo(adapt_every=5)
+    with pytest.raises(ConfigError, match="adapt_every"):
+        EGrpo(entropy_by="noise", adapt_every=5)  # of Euler's kernel

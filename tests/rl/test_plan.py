@@ -49,6 +49,15 @@ def test_a_threshold_that_is_met_by_noise_alone():
     assert plan.rollout_passes == 16 + 1104
 
 
+def test_eulers_kernel_meets_it_by_noise_too():
+    plan = EGrpo(entropy_by="noise").make_plan()
+    assert [branch.exp_entropy for branch in plan.branches] == pytest.approx([2.2] * 8)
+    spans = [plan.times[step] - plan.times[step + 1] for step in range(8)]
+    assert [branch.noise**2 * span for branch, span in zip(plan.branches, spans, strict=True)] == pytest.approx(
+        [(2.2 / 4.132731) ** 2] * 8, rel=1e-6
+    )
+
+
 def test_standard_deviations_of_ones_own():
     changes = {"process": "exact_sde", "entropy_threshold": None, "num_steps": 8, "active_steps": (1, 3)}
     plan = EGrpo(**changes, stds=(0.4, 0.2)).make_plan()
@@ -133,8 +142,8 @@ def test_description_shows_the_merges_and_reports_clamped_steps():
         ({"entropy_threshold": None, "active_steps": (14,), "merges": (0,)}, r"merges\[0\]"),
         ({"process": "euler"}, "process"),
         ({"process": "cps", "noise_level": 1.5}, "noise_level"),
-        ({"entropy_by": "noise"}, "process"),  # of flow_sde
-        ({"entropy_threshold": None, "stds": (0.4,)}, "process"),
+        ({"process": "cps", "entropy_by": "noise"}, "process"),
+        ({"process": "dance_sde", "entropy_threshold": None, "stds": (0.4,)}, "process"),
         ({"process": "exact_sde", "stds": (0.4,)}, "stds"),  # beside the default threshold
         ({"process": "exact_sde", "entropy_threshold": None, "merges": (1,) * 8, "stds": (0.4,)}, "stds"),
         ({"process": "exact_sde", "entropy_threshold": None, "stds": (0.4, 0.3)}, "stds"),

@@ -102,7 +102,7 @@ def test_ratio_is_one_before_the_first_update():
 @pytest.mark.parametrize(
     "changes",
     [{"process": name, "entropy_threshold": 0.0} for name in ("dance_sde", "cps", "exact_sde")]
-    + [{"process": "exact_sde", "entropy_by": "noise"}],
+    + [{"process": name, "entropy_by": "noise"} for name in ("flow_sde", "exact_sde")],
 )
 def test_ratio_is_one_with_every_process_and_its_gradient_that_of_the_gaussian(changes):
     plan = EGrpo(num_steps=8, group_size=5, **changes).make_plan()

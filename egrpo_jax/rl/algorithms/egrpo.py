@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.common.ranges import Count, Range
 from egrpo_jax.flow.entropy import Merge, merges_by_entropy, noise_by_entropy
-from egrpo_jax.flow.process import NoiseByStd, Process
+from egrpo_jax.flow.process import ExactByStd, FlowByStd, Process, Stds
 from egrpo_jax.flow.solver import DpmSolver2M, Euler, Solver
 from egrpo_jax.rl.adaptive import AdaptivePlan
 from egrpo_jax.rl.algorithms.base import StepAlgorithm
 from egrpo_jax.rl.plan import AnchorPlan
 
 LEAST_BY_NOISE = 0.001
+BY_STD: Mapping[str, Callable[[Stds], Process]] = MappingProxyType({"exact_sde": ExactByStd, "flow_sde": FlowByStd})
+"""The kernels that take any standard deviation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +30,11 @@ class EGrpo(StepAlgorithm):
       active_steps: grid steps that get a group of samples, counted from 0 at pure noise (the paper's k is
         T - step); None for the first half.
       entropy_threshold: tau; an active step spans as few grid steps as bring e^{h/d} to tau. 0 never merges.
-      entropy_by: how it comes to tau: by "merge", or by "noise" alone, which only "exact_sde" can choose: every active
-        step is a single one, of standard deviation tau / √(2 π e).
+      entropy_by: how it comes to tau: by "merge", or by "noise" alone, which "flow_sde" and "exact_sde" can choose:
+        every active step is a single one, of standard deviation tau / √(2 π e).
       merges: instead of `entropy_threshold`, which is None then, the number of grid steps each active step spans.
-      stds: instead of both and of `noise_level`, with "exact_sde": the standard deviation of every active step, or of
-        each of them, which are single steps.
+      stds: instead of both and of `noise_level`, with the same kernels: the standard deviation of every active step,
+        or of each of them, which are single steps.
       adapt_every: iterations between changes of each step's noise to what it does to rewards (`rl.adaptive`), for
         "exact_sde" with stds or entropy_by "noise"; None keeps it. Not of the paper.
       tail_strides: the grid strides at which tails are walked; each stride gives every sample one more image and one
@@ -52,10 +56,12 @@ class EGrpo(StepAlgorithm):
         super().__post_init__()
         if not self.tail_strides + self.tail_steps:
             raise ConfigError("tail_strides", self.tail_strides, "one or more strides, or tail_steps")
-        if self.process != "exact_sde" and (self.stds is not None or self.entropy_by == "noise"):
-            raise ConfigError("process", self.process, "'exact_sde', which alone takes any standard deviation")
-        if self.adapt_every is not None and self.stds is None and self.entropy_by != "noise":
-            expected = "None, or steps whose noise can be chosen: stds, or entropy_by 'noise'"
+        chosen = self.stds is not None or self.entropy_by == "noise"
+        if chosen and self.process not in BY_STD:
+            expected = f"one of {', '.join(sorted(BY_STD))}, which take any standard deviation"
+            raise ConfigError("process", self.process, expected)
+        if self.adapt_every is not None and not (chosen and self.process == "exact_sde"):
+            expected = "None, or 'exact_sde' with noise that can be chosen: stds, or entropy_by 'noise'"
             raise ConfigError("adapt_every", self.adapt_every, expected)
         self._check_active_steps()
         self._check_noise()
@@ -118,11 +124,11 @@ class EGrpo(StepAlgorithm):
         """The process, whose noise may come from the entropy, or from a choice for each step."""
         if self.entropy_by == "noise":
             assert self.entropy_threshold is not None  # __post_init__ demands it
-            return noise_by_entropy(self.entropy_threshold)
+            return noise_by_entropy(self.entropy_threshold, BY_STD[self.process])
         if self.stds is not None:
             steps = self.resolved_active_steps
             of_step = dict(zip(steps, self.stds * (len(steps) // len(self.stds)), strict=True))
-            return NoiseByStd(tuple(of_step.get(step, 1e-4) for step in range(self.num_steps)))
+            return BY_STD[self.process](tuple(of_step.get(step, 1e-4) for step in range(self.num_steps)))
         return super().make_process()
 
     def _merges(self, process: Process) -> tuple[Merge, ...]:
