@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from benchmarks import sweep_results
+from benchmarks import compare_algorithms, sweep_results
 from benchmarks.sweep_results import REWARDS, Run
+from tests import programs
 
 
 def run(gain, iterations=4, seconds=40.0):
@@ -85,3 +86,15 @@ def test_at_equal_time_the_slow_have_trained_less():
 def test_figures_are_drawn(draw, tmp_path):
     draw(ENTRIES, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (programs.ROOT / "configs" / "sweeps").glob("*.py")))
+def test_the_page_has_the_tables_of_the_results(name):
+    """docs/results/algorithms.md, of the runs in docs/results/<sweep>.json."""
+    sweep, file = compare_algorithms.load_sweep(name), compare_algorithms.RESULTS / f"{name}.json"
+    if not file.exists():
+        pytest.skip("has not been run")
+    found = sweep_results.entries(compare_algorithms.load_results(sweep, file), sweep.entries)
+    page = (compare_algorithms.RESULTS / "algorithms.md").read_text()
+    assert sweep_results.table(found) in page
+    assert sweep_results.table_of_equal_time(found) in page

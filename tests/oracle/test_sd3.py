@@ -85,3 +85,20 @@ def test_flops_are_those_that_torch_counts(name):
         oracle.published_velocity(model, case, arguments)
     flops = case.batch * forward_flops(case.config, case.grid[0] * case.grid[1], case.text_tokens)
     assert counter.get_total_flops() == flops
+
+
+@cases
+def test_diffusers_reads_our_files_of_the_original_layout(name):
+    """Its own conversion of Stability's layout gives the tensors that we write for diffusers."""
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    case = oracle.CASES[name]
+    ours, original = (
+        dict(export_tensors(sd3_layout(case.config, fmt), oracle.params(case))) for fmt in ("diffusers", "original")
+    )
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(
+        {key: torch.from_numpy(array.copy()) for key, array in original.items()}
+    )
+    assert converted.keys() == ours.keys()
+    for key, array in ours.items():
+        np.testing.assert_array_equal(converted[key], array, err_msg=key)

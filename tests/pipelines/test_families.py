@@ -211,14 +211,10 @@ SPELLINGS = {
     "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
 }
 KINDS = [(name, "diffusers") for name in ("flux_dev", "sd3_medium", "flux2_base", "z_image")]
-ORIGINALS = [("flux2_base", "bfl"), ("z_image", "original")]
+ORIGINALS = [("sd3_medium", "original"), ("flux2_base", "bfl"), ("z_image", "original")]
 FILES = [
     *((*kind, spelling) for kind in KINDS for spelling in SPELLINGS),
-    *(
-        (*kind, spelling)
-        for kind in (("flux2_base", "bfl"), ("z_image", "original"))
-        for spelling in ("comfy", "kohya")
-    ),
+    *((*kind, spelling) for kind in ORIGINALS for spelling in ("comfy", "kohya")),
 ]
 
 
@@ -248,6 +244,20 @@ def test_adapters_in_a_file_add_what_they_add_to_the_published_weights(folders, 
         a, b = adapters.get(tensor.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1))))
         added = alpha / 3 * b @ a if len(b) > 1 else 0.0
         np.testing.assert_allclose(after[tensor], weights + added, atol=1e-4, err_msg=tensor)
+
+
+@pytest.mark.parametrize(("name", "form"), ORIGINALS)
+def test_a_single_file_with_other_models_beside(folders, tmp_path, name, form):
+    family = family_of(folders[name])
+    sizes = family.read_sizes(read_config(folders[name] / "transformer", family.class_name))
+    expected = load_pipeline(model(folders[name])).load(MESH)["flow"]
+    tensors = dict(export_tensors(family.formats[form].layout(sizes), expected))
+    tensors = {f"model.diffusion_model.{key}": np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    save_file(
+        tensors | {"first_stage_model.decoder.conv_in.bias": np.zeros(4, np.float32)}, tmp_path / "one.safetensors"
+    )
+    found = load_pipeline(model(folders[name], transformer=str(tmp_path / "one.safetensors"))).load(MESH)["flow"]
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_a_guidance_that_no_file_tells(folders):

@@ -72,7 +72,10 @@ SD3 = Family(
     releases={r"stable-diffusion-3\.5-large": LARGE, r"stable-diffusion-3\.5-medium": Sd3Config()},
     read_sizes=sd3.config_from_diffusers,
     write_sizes=sd3.config_to_diffusers,
-    formats={"diffusers": Format(sd3.sd3_layout)},
+    formats={
+        "diffusers": Format(sd3.sd3_layout),
+        "original": Format(functools.partial(sd3.sd3_layout, fmt="original"), marker=r"^joint_blocks\."),
+    },
     module=Sd3,
     forward_flops=forward_flops,
     token_channels=lambda sizes: sizes.in_channels,

@@ -1,21 +1,17 @@
-"""Tables of names of transformers by Black Forest Labs, and the tensors that they stand for in two file formats.
+"""What transformers by Black Forest Labs have in common in two file formats.
 
 `diffusers` is the layout of Hugging Face repositories (`transformer/*.safetensors`), `bfl` that of the original single
-files, which join layers that read the same input by output rows.
+files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Literal
 
-from egrpo_jax.weights.layout import Entry, Layout, entry, for_layers
+from egrpo_jax.weights.layout import Layout, for_layers
+from egrpo_jax.weights.published.names import Make, Names, scale, tensors
 
 Format = Literal["diffusers", "bfl"]
-Names = tuple[tuple[str, str, str], ...]
-"""Ours, diffusers', BFL's. Where BFL joins several layers into one, ours and diffusers' are separated by spaces."""
-Make = Callable[..., Layout]
-"""The tensors of a layer, of its published name and our paths: `linear`, `kernel` or `scale`."""
 
 _STACKS: dict[Format, dict[str, str]] = {
     "diffusers": {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"},
@@ -36,22 +32,6 @@ JOINT_ATTENTION_SCALES: Names = (
     ("text_qkv/norm_k/scale", "attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
 )
 """Its norms."""
-
-
-def scale(name: str, path: str) -> Layout:
-    """The scale `name` of a norm, ours at `path`; whole names, for the formats' differ in their last part."""
-    return (entry(name, path),)
-
-
-def tensors(names: Names, fmt: Format, make: Make, folder: str = "", prefix: str = "") -> Iterator[Entry]:
-    """All tensors of the layers `names`; `prefix` goes before published names, `folder` before our paths."""
-    for ours, diffusers, bfl in names:
-        paths = [folder + path for path in ours.split()]
-        if fmt == "bfl":
-            yield from make(prefix + bfl, *paths)
-        else:
-            for path, name in zip(paths, diffusers.split(), strict=True):
-                yield from make(prefix + name, path)
 
 
 def stack(path: str, count: int, layers: Names, scales: Names, fmt: Format, make: Make) -> Layout:

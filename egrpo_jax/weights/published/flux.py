@@ -14,7 +14,8 @@ from egrpo_jax.common.errors import UserError
 from egrpo_jax.models.flux import FluxConfig
 from egrpo_jax.weights.configs import EVEN, FLAG, SIZE, Key, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import LINEAR_SWAPPED, SWAPPED, Layout, entry, linear
-from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, Names, stack, tensors
+from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, stack
+from egrpo_jax.weights.published.names import Names, tensors
 
 CLASS_NAME = "FluxTransformer2DModel"
 KEYS: Mapping[str, Key] = MappingProxyType(

@@ -15,7 +15,8 @@ from egrpo_jax.models.flux2 import Flux2Config
 from egrpo_jax.models.layers import TIME_FEATURES
 from egrpo_jax.weights.configs import EVEN, FLAG, POSITIVE, SIZE, Key, Kind, Published, list_of, nullable, one_of
 from egrpo_jax.weights.layout import LINEAR_SWAPPED, Layout, entry, kernel
-from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, Names, stack, tensors
+from egrpo_jax.weights.published.bfl import JOINT_ATTENTION, JOINT_ATTENTION_SCALES, Format, stack
+from egrpo_jax.weights.published.names import Names, tensors
 
 CLASS_NAME = "Flux2Transformer2DModel"
 _WHOLE = Kind("a positive, whole number", lambda x: POSITIVE.fits(x) and x % 1 == 0 and SIZE.fits(int(x)))

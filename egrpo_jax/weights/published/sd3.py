@@ -1,7 +1,8 @@
-"""SD3.5 transformers as they are published: the tensors of diffusers' layout, and its config.json.
+"""SD3.5 transformers as they are published: the tensors of both file formats, and diffusers' config.json.
 
-It is the layout of Hugging Face repositories (`transformer/*.safetensors`). The halves of the modulations that have
-two are (scale, shift) there, (shift, scale) here; the channels that leave the model are in order of a patch's places.
+`diffusers` is the layout of Hugging Face repositories (`transformer/*.safetensors`), `original` that of Stability's
+single files, `sd3.5_medium.safetensors` and the like. The halves of the modulations that have two are (scale, shift) in
+the one, (shift, scale) in the other and here; the channels that leave the model are in order of a patch's places.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from typing import Any, Literal
 from egrpo_jax.models.sd3 import Sd3Config
 from egrpo_jax.weights.configs import LARGEST, SIZE, Key, Kind, Published, nullable, one_of
 from egrpo_jax.weights.layout import (
+    AS_IS,
     LINEAR_PATCH_ROWS,
     LINEAR_SWAPPED,
     PATCH_CONV,
     PATCH_ROWS,
     SQUEEZED,
     SWAPPED,
+    Form,
     Layout,
     entry,
     for_layers,
     linear,
 )
+from egrpo_jax.weights.published.names import Names, scale, tensors
 
-Format = Literal["diffusers"]
-Names = tuple[tuple[str, str], ...]
-"""Ours and diffusers'."""
+Format = Literal["diffusers", "original"]
 
 CLASS_NAME = "SD3Transformer2DModel"
 SAMPLE_SIZE = 128
@@ -58,80 +60,81 @@ KEYS: Mapping[str, Key] = MappingProxyType(
 """The keys of config.json; many defaults are not what SD3.5 has."""
 
 _TOP: Names = (
-    ("text_in", "context_embedder"),
-    ("time_in/linear_1", "time_text_embed.timestep_embedder.linear_1"),
-    ("time_in/linear_2", "time_text_embed.timestep_embedder.linear_2"),
-    ("pooled_in/linear_1", "time_text_embed.text_embedder.linear_1"),
-    ("pooled_in/linear_2", "time_text_embed.text_embedder.linear_2"),
+    ("text_in", "context_embedder", "context_embedder"),
+    ("time_in/linear_1", "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    ("time_in/linear_2", "time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    ("pooled_in/linear_1", "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+    ("pooled_in/linear_2", "time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
 )
 _BLOCK: Names = (
-    ("image_modulation/linear", "norm1.linear"),
-    ("image_qkv/to_q", "attn.to_q"),
-    ("image_qkv/to_k", "attn.to_k"),
-    ("image_qkv/to_v", "attn.to_v"),
-    ("text_qkv/to_q", "attn.add_q_proj"),
-    ("text_qkv/to_k", "attn.add_k_proj"),
-    ("text_qkv/to_v", "attn.add_v_proj"),
-    ("image_out", "attn.to_out.0"),
-    ("image_ff/linear_1", "ff.net.0.proj"),
-    ("image_ff/linear_2", "ff.net.2"),
+    ("image_modulation/linear", "norm1.linear", "x_block.adaLN_modulation.1"),
+    ("image_qkv/to_q image_qkv/to_k image_qkv/to_v", "attn.to_q attn.to_k attn.to_v", "x_block.attn.qkv"),
+    (
+        "text_qkv/to_q text_qkv/to_k text_qkv/to_v",
+        "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "context_block.attn.qkv",
+    ),
+    ("image_out", "attn.to_out.0", "x_block.attn.proj"),
+    ("image_ff/linear_1", "ff.net.0.proj", "x_block.mlp.fc1"),
+    ("image_ff/linear_2", "ff.net.2", "x_block.mlp.fc2"),
 )
 _SCALES: Names = (
-    ("image_qkv/norm_q/scale", "attn.norm_q.weight"),
-    ("image_qkv/norm_k/scale", "attn.norm_k.weight"),
-    ("text_qkv/norm_q/scale", "attn.norm_added_q.weight"),
-    ("text_qkv/norm_k/scale", "attn.norm_added_k.weight"),
+    ("image_qkv/norm_q/scale", "attn.norm_q.weight", "x_block.attn.ln_q.weight"),
+    ("image_qkv/norm_k/scale", "attn.norm_k.weight", "x_block.attn.ln_k.weight"),
+    ("text_qkv/norm_q/scale", "attn.norm_added_q.weight", "context_block.attn.ln_q.weight"),
+    ("text_qkv/norm_k/scale", "attn.norm_added_k.weight", "context_block.attn.ln_k.weight"),
 )
 _TEXT: Names = (
-    ("text_modulation/linear", "norm1_context.linear"),
-    ("text_out", "attn.to_add_out"),
-    ("text_ff/linear_1", "ff_context.net.0.proj"),
-    ("text_ff/linear_2", "ff_context.net.2"),
+    ("text_modulation/linear", "norm1_context.linear", "context_block.adaLN_modulation.1"),
+    ("text_out", "attn.to_add_out", "context_block.attn.proj"),
+    ("text_ff/linear_1", "ff_context.net.0.proj", "context_block.mlp.fc1"),
+    ("text_ff/linear_2", "ff_context.net.2", "context_block.mlp.fc2"),
 )
 _DUAL: Names = (
-    ("self_qkv/to_q", "attn2.to_q"),
-    ("self_qkv/to_k", "attn2.to_k"),
-    ("self_qkv/to_v", "attn2.to_v"),
-    ("self_out", "attn2.to_out.0"),
+    ("self_qkv/to_q self_qkv/to_k self_qkv/to_v", "attn2.to_q attn2.to_k attn2.to_v", "x_block.attn2.qkv"),
+    ("self_out", "attn2.to_out.0", "x_block.attn2.proj"),
 )
 _DUAL_SCALES: Names = (
-    ("self_qkv/norm_q/scale", "attn2.norm_q.weight"),
-    ("self_qkv/norm_k/scale", "attn2.norm_k.weight"),
+    ("self_qkv/norm_q/scale", "attn2.norm_q.weight", "x_block.attn2.ln_q.weight"),
+    ("self_qkv/norm_k/scale", "attn2.norm_k.weight", "x_block.attn2.ln_k.weight"),
 )
+
+
+_LAST_TEXT: Names = (("text_modulation/linear", "norm1_context.linear", "context_block.adaLN_modulation.1"),)
+_POSITIONS: Names = (("positions", "pos_embed.pos_embed", "pos_embed"),)
+_PATCHES: Names = (("image_in", "pos_embed.proj", "x_embedder.proj"),)
+_FINAL_MODULATION: Names = (("final_modulation/linear", "norm_out.linear", "final_layer.adaLN_modulation.1"),)
+_FINAL: Names = (("final", "proj_out", "final_layer.linear"),)
 
 
 def sd3_layout(config: Sd3Config, fmt: Format = "diffusers") -> Layout:
-    """All tensors of an SD3.5 checkpoint of this size: 909 for Medium, 1227 for Large."""
-    del fmt  # there is one; layouts of all families are called alike
-    prefix, dual = "transformer_blocks.{}.", config.num_dual_blocks
-    last_modulation = _swapped(f"{prefix}norm1_context.linear", "last_blocks/text_modulation/linear")
-    return (
-        entry("pos_embed.pos_embed", "positions", form=SQUEEZED),
-        entry("pos_embed.proj.weight", "image_in/kernel", form=PATCH_CONV),
-        entry("pos_embed.proj.bias", "image_in/bias"),
-        *_named(_TOP),
-        *for_layers(dual, _named(_BLOCK + _TEXT + _DUAL, _SCALES + _DUAL_SCALES, "dual_blocks/", prefix)),
-        *for_layers(config.num_plain_blocks, _named(_BLOCK + _TEXT, _SCALES, "plain_blocks/", prefix), first=dual),
-        *for_layers(1, (*_named(_BLOCK, _SCALES, "last_blocks/", prefix), *last_modulation), config.num_blocks - 1),
-        *_swapped("norm_out.linear", "final_modulation/linear"),
-        entry("proj_out.weight", "final/kernel", form=LINEAR_PATCH_ROWS),
-        entry("proj_out.bias", "final/bias", form=PATCH_ROWS),
+    """All tensors of an SD3.5 checkpoint of this size: 909 for Medium and 1227 for Large, 665 and 923 in the original
+    format."""
+    dual, inside = config.num_dual_blocks, "transformer_blocks.{}." if fmt == "diffusers" else "joint_blocks.{}."
+    two_halves = _swapped if fmt == "diffusers" else linear
+    block = lambda folder, layers, scales: (
+        *tensors(layers, fmt, linear, folder, inside),
+        *tensors(scales, fmt, scale, folder, inside),
     )
-
-
-def _named(linears: Names, scales: Names = (), folder: str = "", prefix: str = "") -> Layout:
-    """The tensors of `linears` and `scales`: `folder` stands before our paths, `prefix` before diffusers' names."""
+    last = (*block("last_blocks/", _BLOCK, _SCALES), *tensors(_LAST_TEXT, fmt, two_halves, "last_blocks/", inside))
     return (
-        *(e for ours, theirs in linears for e in linear(prefix + theirs, folder + ours)),
-        *(entry(prefix + theirs, folder + ours) for ours, theirs in scales),
+        *tensors(_POSITIONS, fmt, lambda name, path: (entry(name, path, form=SQUEEZED),)),
+        *tensors(_PATCHES, fmt, lambda name, path: _formed(name, path, PATCH_CONV, AS_IS)),
+        *tensors(_TOP, fmt, linear),
+        *for_layers(dual, block("dual_blocks/", _BLOCK + _TEXT + _DUAL, _SCALES + _DUAL_SCALES)),
+        *for_layers(config.num_plain_blocks, block("plain_blocks/", _BLOCK + _TEXT, _SCALES), first=dual),
+        *for_layers(1, last, config.num_blocks - 1),
+        *tensors(_FINAL_MODULATION, fmt, two_halves),
+        *tensors(_FINAL, fmt, lambda name, path: _formed(name, path, LINEAR_PATCH_ROWS, PATCH_ROWS)),
     )
 
 
 def _swapped(name: str, path: str) -> Layout:
-    return (
-        entry(f"{name}.weight", f"{path}/kernel", form=LINEAR_SWAPPED),
-        entry(f"{name}.bias", f"{path}/bias", form=SWAPPED),
-    )
+    return _formed(name, path, LINEAR_SWAPPED, SWAPPED)
+
+
+def _formed(name: str, path: str, kernel: Form, bias: Form) -> Layout:
+    return entry(f"{name}.weight", f"{path}/kernel", form=kernel), entry(f"{name}.bias", f"{path}/bias", form=bias)
 
 
 def config_from_diffusers(published: Published) -> Sd3Config:

@@ -1,6 +1,7 @@
-"""diffusers' files of SD3.5, complete and exact, and their config.json."""
+"""Both formats' files of SD3.5, complete and exact, and diffusers' config.json."""
 
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -24,6 +25,38 @@ SMALL = Sd3Config(
     in_channels=12, num_blocks=5, num_dual_blocks=2, num_heads=2, head_dim=4, text_dim=6, pooled_dim=5, max_grid=3,
 )  # fmt: skip
 sizes = pytest.mark.parametrize(("name", "config"), [("medium", MEDIUM), ("large", LARGE)])
+FORMATS = ("diffusers", "original")
+formats = pytest.mark.parametrize("fmt", FORMATS)
+COUNTS = {
+    ("medium", "diffusers"): 909,
+    ("large", "diffusers"): 1227,
+    ("medium", "original"): 665,
+    ("large", "original"): 923,
+}
+RULES = (
+    (r"^pos_embed\.pos_embed$", "pos_embed"),
+    (r"^pos_embed\.proj\.", "x_embedder.proj."),
+    (r"^time_text_embed\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (r"^time_text_embed\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (r"^time_text_embed\.text_embedder\.linear_1\.", "y_embedder.mlp.0."),
+    (r"^time_text_embed\.text_embedder\.linear_2\.", "y_embedder.mlp.2."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.", "joint_blocks."),
+    (r"\.norm1\.linear\.", ".x_block.adaLN_modulation.1."),
+    (r"\.norm1_context\.linear\.", ".context_block.adaLN_modulation.1."),
+    (r"\.ff\.net\.0\.proj\.", ".x_block.mlp.fc1."),
+    (r"\.ff\.net\.2\.", ".x_block.mlp.fc2."),
+    (r"\.ff_context\.net\.0\.proj\.", ".context_block.mlp.fc1."),
+    (r"\.ff_context\.net\.2\.", ".context_block.mlp.fc2."),
+    (r"\.attn\.norm_added_([qk])\.", r".context_block.attn.ln_\1."),
+    (r"\.(attn2?)\.norm_([qk])\.", r".x_block.\1.ln_\2."),
+    (r"\.attn\.to_add_out\.", ".context_block.attn.proj."),
+    (r"\.(attn2?)\.to_out\.0\.", r".x_block.\1.proj."),
+    (r"\.attn\.add_q_proj\.", ".context_block.attn.qkv."),
+    (r"\.(attn2?)\.to_q\.", r".x_block.\1.qkv."),
+)
+"""From diffusers' names to the original ones."""
 
 
 def template(config):
@@ -40,19 +73,37 @@ def random_params(config):
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), template(config))
 
 
-@sizes
-def test_every_published_tensor_by_name_and_shape(name, config):
-    file = json.loads((GOLDEN / f"sd35_{name}_shapes.json").read_text())
-    layout = sd3_layout(config)
-    assert len(layout) == len({e.name for e in layout}) == {"medium": 909, "large": 1227}[name]
-    assert published_shapes(layout, template(config)) == {key: tuple(shape) for key, shape in file.items()}
+def original_shapes(published):
+    """Names of single files by `RULES`; queries, keys and values are joined."""
+    renamed = {}
+    for name, shape in published.items():
+        if re.search(r"\.(to_[kv]|add_[kv]_proj)\.", name):
+            continue
+        if re.search(r"\.(to_q|add_q_proj)\.", name):
+            shape = (3 * shape[0], *shape[1:])
+        for pattern, replacement in RULES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = shape
+    return renamed
 
 
+@formats
 @sizes
-def test_every_number_of_our_tree_is_held_once(name, config):
+def test_every_published_tensor_by_name_and_shape(name, config, fmt):
+    published = json.loads((GOLDEN / f"sd35_{name}_shapes.json").read_text())
+    published = {key: tuple(shape) for key, shape in published.items()}
+    layout = sd3_layout(config, fmt)
+    assert len(layout) == len({e.name for e in layout}) == COUNTS[name, fmt]
+    expected = published if fmt == "diffusers" else original_shapes(published)
+    assert published_shapes(layout, template(config)) == expected
+
+
+@formats
+@sizes
+def test_every_number_of_our_tree_is_held_once(name, config, fmt):
     del name
     flat = flatten_dict(template(config), sep="/")
-    held = [leaf for e in sd3_layout(config) for leaf in e.leaves]
+    held = [leaf for e in sd3_layout(config, fmt) for leaf in e.leaves]
     expected = {
         (path, layer)
         for path, leaf in flat.items()
@@ -62,13 +113,28 @@ def test_every_number_of_our_tree_is_held_once(name, config):
     assert {(leaf.path, leaf.layer) for leaf in held} == expected
 
 
+@formats
 @pytest.mark.parametrize("dual", [0, 2, 4])
-def test_export_then_import_changes_nothing(dual):
+def test_export_then_import_changes_nothing(dual, fmt):
     config = Sd3Config(**{**vars(SMALL), "num_dual_blocks": dual})
-    params, layout = random_params(config), sd3_layout(config)
+    params, layout = random_params(config), sd3_layout(config, fmt)
     tensors = dict(export_tensors(layout, params))
     assert {name: tensor.shape for name, tensor in tensors.items()} == published_shapes(layout, params)
     chex.assert_trees_all_equal(import_tensors(layout, tensors, template(config)), params)
+
+
+def test_original_files_have_halves_in_our_order_and_joined_queries_keys_and_values():
+    params = random_params(SMALL)
+    tensors = dict(export_tensors(sd3_layout(SMALL, "original"), params))
+    np.testing.assert_array_equal(
+        tensors["joint_blocks.4.context_block.adaLN_modulation.1.bias"],
+        params["last_blocks"]["text_modulation"]["linear"]["bias"][0],
+    )
+    np.testing.assert_array_equal(
+        tensors["final_layer.adaLN_modulation.1.weight"], params["final_modulation"]["linear"]["kernel"].T
+    )
+    heads = [params["dual_blocks"]["self_qkv"][f"to_{name}"]["kernel"][1].T for name in "qkv"]
+    np.testing.assert_array_equal(tensors["joint_blocks.1.x_block.attn2.qkv.weight"], np.concatenate(heads))
 
 
 def test_layers_and_forms_by_hand():
