@@ -5,7 +5,8 @@
     python -m benchmarks.compare_algorithms --sweep=algorithms --repeat=egrpo/final/2e-4/0      # a run once more
 
 First every entry is trained with each of `--rates` on four fifths of the training prompts, and judged on the others;
-then with its best rate, on all of them, for each of `--seeds`, and judged on the held-out prompts. Each run is one of
+where the largest or the smallest is best, with twice or half of it as well, until the best lies between two others.
+Then with its best rate, on all of them, for each of `--seeds`, and judged on the held-out prompts. Each run is one of
 `egrpo_jax.train`, in a folder of --runs: what is interrupted goes on where it was. What is found is kept in
 docs/results/<sweep>.json, and not run again unless the sweep's iterations have changed.
 """
@@ -174,6 +175,15 @@ def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Found], file: 
             pool.shutdown(cancel_futures=True)
 
 
+def tune(sweep: Sweep, chosen: Sequence[str], results: dict[str, Found], file: Path) -> None:
+    """Trains with each rate, and with more beyond those that are best at an end."""
+    runs = [Run(entry, "tune", rate, TUNING_SEED) for entry in chosen for rate in RATES.value]
+    while runs:
+        run_all(sweep, runs, results, file)
+        beyond = [(entry, sweep_results.next_rate(results, entry)) for entry in chosen]
+        runs = [Run(entry, "tune", rate, TUNING_SEED) for entry, rate in beyond if rate is not None]
+
+
 def repeat(sweep: Sweep, name: str, results: dict[str, Found]) -> None:
     """Carries out a run that is in the results once more. Raises UserError if it takes another course."""
     if name not in results:
@@ -207,7 +217,7 @@ def main() -> None:
     chosen = sweep.entries if ONLY.value is None else [entry for entry in ONLY.value if entry != "none"]
     if unknown := set(chosen) - set(sweep.entries):
         raise UserError(f"--only: found {sorted(unknown)}, expected some of {', '.join(sweep.entries)}")
-    run_all(sweep, [Run(e, "tune", rate, TUNING_SEED) for e in chosen for rate in RATES.value], results, file)
+    tune(sweep, chosen, results, file)
     best = {entry: sweep_results.best_rate(results, entry) for entry in chosen}
     run_all(sweep, [Run(e, "final", best[e], seed) for seed in range(SEEDS.value) for e in chosen], results, file)
     show(sweep, results)

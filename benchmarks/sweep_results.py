@@ -100,6 +100,20 @@ def best_rate(results: dict[str, Found], entry: str) -> str:
     return max(tried, key=lambda rate: tried[rate])
 
 
+def next_rate(results: dict[str, Found], entry: str) -> str | None:
+    """Twice the best rate where it is the largest that was tried, or half of it; None if it lies between two others."""
+    tried = sorted(rates(results, entry), key=float)
+    best = best_rate(results, entry)
+    factor = 2 if best == tried[-1] else 0.5 if best == tried[0] else None
+    return None if factor is None else rate_name(factor * float(best))
+
+
+def rate_name(rate: float) -> str:
+    """As rates are written: 8e-4."""
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
 def entries(results: dict[str, Found], names: Sequence[str]) -> list[Entry]:
     """Those of `names` that have two final runs or more at their best rate."""
     found = []

@@ -94,7 +94,7 @@ def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
         assert (folder / "tuning_judge.txt").exists()
         assert len(cores) >= 1
         started.append(run)
-        if len(started) == 7:
+        if len(started) == 8:
             raise KeyboardInterrupt
         good = (run.entry, run.rate) in (("good", "1e-5"), ("bad", "1e-4"))
         return found(0.1, 0.1 + good * (0.2 if run.entry == "good" else 0.1) + 0.01 * run.seed)
@@ -102,12 +102,13 @@ def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "carry_out", carry_out)
     with pytest.raises(KeyboardInterrupt):
         compare.main()
-    assert len(json.loads((tmp_path / "small.json").read_text())) >= 5
+    assert len(json.loads((tmp_path / "small.json").read_text())) >= 6
     compare.main()
     assert {run.name for run in started if run.stage == "final"} == {
         f"{entry}/final/{rate}/{seed}" for entry, rate in (("good", "1e-5"), ("bad", "1e-4")) for seed in (0, 1)
     }
-    assert len(started) <= 2 * 2 + 2 * 2 + 1
+    assert {run.rate for run in started if run.stage == "tune"} == {"5e-6", "1e-5", "1e-4", "2e-4"}
+    assert len(started) <= 2 * 3 + 2 * 2 + 1
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].startswith("| good | 1e-5 | 2 | 1.00 | 2 | +0.2050 ± 0.0635 | ")
     assert rows[3].startswith("| bad | 1e-4 |")

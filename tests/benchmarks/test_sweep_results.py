@@ -50,6 +50,15 @@ def test_the_best_rate_counts_and_entries_without_runs_do_not():
     assert sweep_results.best_rate(planted("x", (), tuned=(("1e-4", 0.3), ("2e-4", 0.2))), "x") == "1e-4"
 
 
+@pytest.mark.parametrize(
+    ("gains", "expected"), [((0.1, 0.2, 0.3), "8e-4"), ((0.3, 0.2, 0.1), "5e-5"), ((0.1, 0.3, 0.2), None)]
+)
+def test_rates_go_on_where_the_best_is_at_an_end(gains, expected):
+    tuned = tuple(zip(("1e-4", "2e-4", "4e-4"), gains, strict=True))
+    assert sweep_results.next_rate(planted("x", (), tuned=tuned), "x") == expected
+    assert sweep_results.rate_name(1.6e-3) == "1.6e-3"
+
+
 def test_intervals_are_students():
     half = np.std(BASE, ddof=1) / np.sqrt(5) * 2.776  # t of four degrees of freedom
     assert sweep_results.interval(np.array(BASE)) == f"+0.1000 ± {half:.4f}"

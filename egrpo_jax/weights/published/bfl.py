@@ -1,4 +1,4 @@
-"""What transformers by Black Forest Labs have in common in two file formats.
+"""Tables of names that transformers by Black Forest Labs have in common, in two file formats.
 
 `diffusers` is the layout of Hugging Face repositories (`transformer/*.safetensors`), `bfl` that of the original single
 files.
