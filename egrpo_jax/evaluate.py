@@ -134,6 +134,8 @@ def main() -> None:
     record = {"scores": [statistics.as_json(row) for row in comparisons], "protocol": made}
     write(out, table, record, prompts, results, judging.judge)
     print(f"{table}\n{out}: table.md, table.json, scores.jsonl and, if anything changed, gains.png")
+    if silent := [row.name for row in comparisons if not row.prompts]:
+        raise UserError(f"{', '.join(silent)}: no prompt has all its scores, of {len(prompts)}; {out} has the others")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,19 @@ def test_one_prompt_has_no_interval(tmp_path, workdir):
     assert " [none] |" in done.stdout
 
 
+def test_a_reward_that_scores_nothing_is_an_error_and_the_others_are_kept(tmp_path, workdir):
+    rewards = "--rewards=emoji,tests.rewards.own:silent"
+    done = run(tmp_path / "out", f"--workdir={workdir}", "--prompt=red heart", "--prompt=owl", rewards)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert (
+        line
+        == f"error: tests.rewards.own:silent: no prompt has all its scores, of 2; {tmp_path / 'out'} has the others"
+    )
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["scores"]
+    assert [(row["name"], row["prompts"]) for row in rows] == [("emoji", 2), ("tests.rewards.own:silent", 0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

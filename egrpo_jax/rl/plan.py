@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.grid import Times
 from egrpo_jax.flow.process import Process
 from egrpo_jax.flow.solver import Euler, Solver, VelocityFn, tail_steps
@@ -186,6 +187,7 @@ class Plan(abc.ABC):
 
     def objective(self, config: LearnerConfig) -> Objective:
         """The loss. Raises ConfigError if what the section asks for does not go with the algorithm."""
+        self.step_weights(config.step_weights)  # all that can be wrong with them is told at the start
         return PolicyRatio(self.process, config)
 
     def credit(self, normalise: Normalise, values: Mapping[str, chex.Array], came: chex.Array) -> chex.Array:
@@ -262,10 +264,17 @@ class Plan(abc.ABC):
         "none": 1. "noise": std, of mean 1 over the steps, which leaves J (TempFlow-GRPO, arXiv:2508.04324, eq. 8).
         "flat": c/J, for a loss of log-ratios times std, c being such that std c/J, that is 1/kappa, has mean 1: which
         leaves 1 (GRPO-Guard, arXiv:2510.22319, for any kernel as in Precise, arXiv:2605.23522).
+
+        Raises:
+          ConfigError: "flat", and the mean of a step does not depend on the velocity.
         """
         steps = [(self.times[branch.step], self.times[branch.stop], branch.noise) for branch in self.branches]
         std = np.array([self.process.std(*step) for step in steps])
         jacobian = np.array([self.process.jacobian(*step) for step in steps])
+        if kind == "flat" and not jacobian.all():
+            unmoved = self.branches[int(np.argmin(np.abs(jacobian)))].step
+            expected = f"'none' or 'noise': the mean of the random step {unmoved} does not depend on the velocity"
+            raise ConfigError("learner.step_weights", kind, expected)
         if kind == "noise":
             return std / std.mean()
         return np.ones_like(std) if kind == "none" else 1 / (jacobian * (std / jacobian).mean())

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from egrpo_jax.common.errors import ConfigError
 from egrpo_jax.flow.transition import Kernel, kl_divergence, log_prob
 from egrpo_jax.rl.algorithms.egrpo import EGrpo
 from egrpo_jax.rl.learner import LearnerConfig
@@ -78,6 +79,17 @@ def test_flat_weights_give_every_step_the_same_gradient(process):
     scale = 1 / (stds(plan) / jacobians(plan)).mean()
     for grad in found:
         chex.assert_trees_all_close(grad, scale * direction, rtol=2e-3, atol=1e-5 * scale)
+
+
+def test_flat_weights_of_a_step_that_does_not_move_are_refused():
+    plan = EGrpo(num_steps=8, process="exact_sde", entropy_threshold=0.0).make_plan()
+    unmoved = type("Unmoved", (), {"jacobian": lambda *_: 0.0, "std": lambda *_: 0.5})()
+    expected = (
+        r"learner\.step_weights: found 'flat', expected 'none' or 'noise': the mean of the random step 0 does not"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        dataclasses.replace(plan, process=unmoved).objective(LearnerConfig(step_weights="flat"))
+    dataclasses.replace(plan, process=unmoved).objective(LearnerConfig())
 
 
 def jacobians(plan):
