@@ -4,7 +4,8 @@
 
 Model, prompts, prompts an iteration and optimizer are one for all; schedule, credit and loss are those of
 `configs/algorithms/*.py:emoji`. What differs in cost has more or fewer iterations: a backward pass counts as two
-forward passes. Hardware: 2 CPU cores; a run takes 2 to 5 minutes on one of them.
+forward passes. The weights that are judged are an average over the last tenth of a run, however many iterations that
+are: a longer one would hold back those that have few. Hardware: 2 CPU cores; a run takes 2 to 5 minutes on one of them.
 """
 
 import dataclasses
@@ -34,9 +35,14 @@ def within(config: TrainConfig, budget: int = BUDGET) -> TrainConfig:
     iterations, spent = 0, 0
     while (spent := spent + cost(config, iterations)) <= budget:
         iterations += 1
-    every = max(1, iterations // EVALUATIONS)
-    evaluation = dataclasses.replace(config.evaluation, every=every)
-    return dataclasses.replace(config, num_iterations=iterations, evaluation=evaluation)
+    return lasting(config, iterations)
+
+
+def lasting(config: TrainConfig, iterations: int) -> TrainConfig:
+    """`config` with so many iterations, evaluations evenly spread over them, and an average over the last tenth."""
+    evaluation = dataclasses.replace(config.evaluation, every=max(1, iterations // EVALUATIONS))
+    learner = dataclasses.replace(config.learner, ema_decay=1 - 10 / iterations if iterations > 10 else None)
+    return dataclasses.replace(config, num_iterations=iterations, evaluation=evaluation, learner=learner)
 
 
 def entry(name: str, **changes) -> TrainConfig:

@@ -3,8 +3,8 @@
     python -m egrpo_jax.train --config configs/sweeps/factorial.py:exact-none-flat
 
 A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to their entropy by "merge", by
-"noise" alone, or "none"; "plain" or "flat" weights. Others are noise that adapts to its effect, the paper's ablations,
-epochs, and other tails. All have equal forward passes, as in `configs/sweeps/algorithms.py`.
+"noise" alone, or "none"; "plain" or "flat" weights. Others are noise that adapts to its effect, one update for all
+steps, epochs, the paper's ablations, and other tails. All have equal forward passes, as in `configs/sweeps/algorithms.py`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from egrpo_jax.training.config import train_config
 
 SWEEP = run_path(str(Path(__file__).with_name("algorithms.py")))
 BASE = EGrpo(num_steps=8, group_size=8, tail_strides=(2,))
-LEARNER = LearnerConfig(updates="per_active_step", ema_decay=0.9)
+LEARNER = LearnerConfig(updates="per_active_step")
 FLAT = dataclasses.replace(LEARNER, step_weights="flat", clip_range=4e-6)
 ENTROPY = {"merge": {}, "none": {"entropy_threshold": 0.0}, "noise": {"entropy_by": "noise"}}
 TAILS = {"tail_full": {"tail_strides": (1,)}} | {
@@ -42,6 +42,7 @@ EPOCHS = {
     )
     for count, mask in itertools.product((2, 4), (False, True))
 }
+JOINT = {"joint_update": (BASE, LearnerConfig())}
 ABLATIONS = (
     {f"tau_{tau}": (dataclasses.replace(BASE, entropy_threshold=tau), LEARNER) for tau in (1.8, 2.0, 2.4, 2.6)}
     | {
@@ -51,7 +52,7 @@ ABLATIONS = (
     | {name: (dataclasses.replace(BASE, active_steps=steps), LEARNER) for name, steps in STEPS.items()}
     | {name: (dataclasses.replace(BASE, **tails), LEARNER) for name, tails in TAILS.items()}
 )
-VARIANTS = FACTORS | ADAPTIVE | EPOCHS | ABLATIONS
+VARIANTS = FACTORS | ADAPTIVE | JOINT | EPOCHS | ABLATIONS
 ENTRIES = tuple(VARIANTS)
 
 

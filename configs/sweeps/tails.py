@@ -25,7 +25,5 @@ def get_config(variant: str = "fast") -> ml_collections.ConfigDict:
     """The config of one of `VARIANTS`."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/sweeps/tails.py has the variants {sorted(VARIANTS)}, found {variant!r}")
-    config = SWEEP["entry"]("egrpo", plan=VARIANTS[variant])
-    evaluation = dataclasses.replace(config.evaluation, every=ITERATIONS // SWEEP["EVALUATIONS"])
-    config = dataclasses.replace(config, name=variant, num_iterations=ITERATIONS, evaluation=evaluation)
-    return train_config(config)
+    config = SWEEP["lasting"](SWEEP["entry"]("egrpo", plan=VARIANTS[variant]), ITERATIONS)
+    return train_config(dataclasses.replace(config, name=variant))

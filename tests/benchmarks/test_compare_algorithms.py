@@ -30,6 +30,7 @@ def test_all_entries_have_equal_passes(name, entry):
     spent = sum(sweep["cost"](config, iteration) for iteration in range(config.num_iterations))
     assert spent <= sweep["BUDGET"] < spent + sweep["cost"](config, config.num_iterations)
     assert config.prompts_per_iteration == 16
+    assert 1 / (1 - config.learner.ema_decay) == pytest.approx(config.num_iterations / 10)
     assert config.rewards.train == ("emoji",)
     assert set(compare.REWARDS) <= {*config.rewards.train, *config.rewards.heldout}
     assert config.num_iterations // config.evaluation.every in (5, 6, 7)
