@@ -4,7 +4,8 @@
 
 A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to their entropy by "merge", by
 "noise" alone, or "none"; "plain" or "flat" weights. Others are noise that adapts to its effect, one update for all
-steps, epochs, the paper's ablations, and other tails. All have equal forward passes, as in `configs/sweeps/algorithms.py`.
+steps, epochs, the paper's ablations, and other tails. All have equal forward passes, as in
+`configs/sweeps/algorithms.py`.
 """
 
 import dataclasses
