@@ -138,10 +138,11 @@ def evaluations(workdir: Path) -> Found:
 
 
 def load_results(sweep: Sweep, file: Path) -> dict[str, Found]:
-    """The runs that are there, of as many iterations as the sweep has now; others are not counted."""
+    """The runs that are there, of entries and as many iterations as the sweep has now; others are not counted."""
     results = json.loads(file.read_text()) if file.exists() else {}
-    ended = {name: curve(found, "iteration")[-1] for name, found in results.items()}
-    return {name: results[name] for name, end in ended.items() if end == sweep.iterations(Run.of(name).entry)}
+    wanted = {entry: sweep.iterations(entry) for entry in sweep.entries}
+    counts = lambda name: curve(results[name], "iteration")[-1] == wanted.get(Run.of(name).entry)
+    return {name: results[name] for name in results if counts(name)}
 
 
 def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Found], file: Path) -> None:

@@ -175,8 +175,7 @@ def table(found: Sequence[Entry]) -> str:
 
 
 def table_of_equal_time(found: Sequence[Entry]) -> str:
-    """Markdown of the same after as many seconds as the quickest entry's run has, and as the first entry's has where
-    an entry trains so long."""
+    """Markdown of the same after as many seconds as the run of the quickest entry has."""
     first, shortest = found[0], min(entry.seconds for entry in found)
     at = lambda entry, reward: entry.gains_at(reward, shortest)
     rows = [("entry", "iterations", "trained, gain", "judge, gain", "trained, difference", "judge, difference")]

@@ -124,7 +124,10 @@ def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
 def test_runs_of_other_iterations_are_run_again(monkeypatch, tmp_path):
     shorter = {"evaluations": found(0.1, 0.9)["evaluations"][:1]}
     (tmp_path / "small.json").write_text(
-        json.dumps({"good/tune/1e-5/100": shorter, "bad/tune/1e-5/100": found(0.1, 0.2)})
+        json.dumps(
+            dict.fromkeys(("bad/tune/1e-5/100", "gone/tune/1e-5/100"), found(0.1, 0.2))
+            | {"good/tune/1e-5/100": shorter}
+        )
     )
     started = []
     monkeypatch.setattr(compare, "carry_out", lambda _, run, *__: started.append(run.name) or found(0.1, 0.1))

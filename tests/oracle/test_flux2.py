@@ -16,6 +16,7 @@ from egrpo_jax.weights.configs import Published  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
 from egrpo_jax.weights.published.flux2 import KEYS, config_from_diffusers, flux2_layout  # noqa: E402
 from tests.oracle import flux2 as oracle  # noqa: E402
+from tests.oracle.conversion import check_conversion  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for one another are slow where tests run side by side
 cases = pytest.mark.parametrize("name", sorted(oracle.CASES))
@@ -94,18 +95,10 @@ def test_flops_are_those_that_torch_counts(name):
 @cases
 def test_diffusers_reads_our_files_of_the_original_layout(name):
     """Its own conversion of the layout of Black Forest Labs gives the tensors that we write for diffusers."""
-    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as convert
 
     case = oracle.CASES[name]
-    ours, bfl = (
-        dict(export_tensors(flux2_layout(case.config, fmt), oracle.params(case))) for fmt in ("diffusers", "bfl")
-    )
-    converted = convert_flux2_transformer_checkpoint_to_diffusers(
-        {key: torch.from_numpy(array.copy()) for key, array in bfl.items()}
-    )
-    assert converted.keys() == ours.keys()
-    for key, array in ours.items():
-        np.testing.assert_array_equal(converted[key], array)
+    check_conversion(convert, flux2_layout, "bfl", case.config, oracle.params(case))
 
 
 def test_keys_of_the_config():

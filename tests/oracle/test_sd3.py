@@ -12,6 +12,7 @@ from egrpo_jax.models.sd3 import Sd3, forward_flops  # noqa: E402
 from egrpo_jax.weights.layout import export_tensors  # noqa: E402
 from egrpo_jax.weights.published.sd3 import sd3_layout  # noqa: E402
 from tests.oracle import sd3 as oracle  # noqa: E402
+from tests.oracle.conversion import check_conversion  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for one another are slow where tests run side by side
 cases = pytest.mark.parametrize("name", sorted(oracle.CASES))
@@ -90,15 +91,7 @@ def test_flops_are_those_that_torch_counts(name):
 @cases
 def test_diffusers_reads_our_files_of_the_original_layout(name):
     """Its own conversion of Stability's layout gives the tensors that we write for diffusers."""
-    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
 
     case = oracle.CASES[name]
-    ours, original = (
-        dict(export_tensors(sd3_layout(case.config, fmt), oracle.params(case))) for fmt in ("diffusers", "original")
-    )
-    converted = convert_sd3_transformer_checkpoint_to_diffusers(
-        {key: torch.from_numpy(array.copy()) for key, array in original.items()}
-    )
-    assert converted.keys() == ours.keys()
-    for key, array in ours.items():
-        np.testing.assert_array_equal(converted[key], array, err_msg=key)
+    check_conversion(convert, sd3_layout, "original", case.config, oracle.params(case))
