@@ -4,9 +4,10 @@
     python -m benchmarks.compare_algorithms --sweep=algorithms --only=none      # tables and figures of what is there
     python -m benchmarks.compare_algorithms --sweep=algorithms --repeat=egrpo/final/2e-4/0      # a run once more
 
-First every entry is trained with each of `--rates` on four fifths of the training prompts, and judged on the others;
-where the largest or the smallest is best, with twice or half of it as well, until the best lies between two others.
-Then with its best rate, on all of them, for each of `--seeds`, and judged on the held-out prompts. Each run is one of
+First every entry is trained with each rate of the sweep on four fifths of the training prompts, and judged on the
+others; where the largest or the smallest is best, with twice or half of it as well, until the best lies between two
+others. (A sweep of one rate has nothing to tune.) Then with its best rate, on all of them, for each of `--seeds`, and
+judged on the held-out prompts. Each run is one of
 `egrpo_jax.train`, in a folder of --runs: what is interrupted goes on where it was. What is found is kept in
 docs/results/<sweep>.json, and not run again unless the sweep's iterations have changed.
 """
@@ -50,17 +51,17 @@ RUNS = flags.DEFINE_string(
     "runs", "runs/sweeps", "Folder of the runs; it may be deleted at the end.", flag_values=FLAGS
 )
 ONLY = flags.DEFINE_list("only", None, "Entries to run; by default all; none: no more.", flag_values=FLAGS)
-RATES = flags.DEFINE_list("rates", ["1e-4", "2e-4", "4e-4"], "Learning rates to try.", flag_values=FLAGS)
 REPEAT = flags.DEFINE_string("repeat", None, "A run of the results to carry out once more, alone.", flag_values=FLAGS)
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, from 0 on.", lower_bound=2, flag_values=FLAGS)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, which share the cores.", lower_bound=1, flag_values=FLAGS)
 
 
 class Sweep(NamedTuple):
-    """A file of configs/sweeps: its entries and the iterations of each."""
+    """A file of configs/sweeps: its entries, the learning rates to begin with, the iterations of an entry."""
 
     name: str
     entries: Sequence[str]
+    rates: Sequence[str]
     iterations: Callable[[str], int]
 
 
@@ -70,7 +71,8 @@ def load_sweep(name: str) -> Sweep:
     if not path.is_file():
         raise UserError(f"--sweep: found {name!r}, expected one of {sorted(p.stem for p in path.parent.glob('*.py'))}")
     module = runpy.run_path(str(path))
-    return Sweep(name, module["ENTRIES"], lambda entry: module["get_config"](entry).num_iterations)
+    iterations = lambda entry: module["get_config"](entry).num_iterations
+    return Sweep(name, module["ENTRIES"], module["RATES"], iterations)
 
 
 def split_prompts(folder: Path) -> tuple[Path, Path]:
@@ -176,13 +178,16 @@ def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Found], file: 
             pool.shutdown(cancel_futures=True)
 
 
-def tune(sweep: Sweep, chosen: Sequence[str], results: dict[str, Found], file: Path) -> None:
-    """Trains with each rate, and with more beyond those that are best at an end."""
-    runs = [Run(entry, "tune", rate, TUNING_SEED) for entry in chosen for rate in RATES.value]
+def tune(sweep: Sweep, chosen: Sequence[str], results: dict[str, Found], file: Path) -> dict[str, str]:
+    """The best rate of each: trains with those of the sweep, and with more beyond those that are best at an end."""
+    if len(sweep.rates) == 1:
+        return dict.fromkeys(chosen, sweep.rates[0])
+    runs = [Run(entry, "tune", rate, TUNING_SEED) for entry in chosen for rate in sweep.rates]
     while runs:
         run_all(sweep, runs, results, file)
         beyond = [(entry, sweep_results.next_rate(results, entry)) for entry in chosen]
         runs = [Run(entry, "tune", rate, TUNING_SEED) for entry, rate in beyond if rate is not None]
+    return {entry: sweep_results.best_rate(results, entry) for entry in chosen}
 
 
 def repeat(sweep: Sweep, name: str, results: dict[str, Found]) -> None:
@@ -218,8 +223,7 @@ def main() -> None:
     chosen = sweep.entries if ONLY.value is None else [entry for entry in ONLY.value if entry != "none"]
     if unknown := set(chosen) - set(sweep.entries):
         raise UserError(f"--only: found {sorted(unknown)}, expected some of {', '.join(sweep.entries)}")
-    tune(sweep, chosen, results, file)
-    best = {entry: sweep_results.best_rate(results, entry) for entry in chosen}
+    best = tune(sweep, chosen, results, file)
     run_all(sweep, [Run(e, "final", best[e], seed) for seed in range(SEEDS.value) for e in chosen], results, file)
     show(sweep, results)
 

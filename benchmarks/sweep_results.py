@@ -95,8 +95,9 @@ def rates(results: dict[str, Found], entry: str) -> dict[str, float]:
 
 
 def best_rate(results: dict[str, Found], entry: str) -> str:
-    """The learning rate with the largest gain."""
-    tried = rates(results, entry)
+    """The learning rate with the largest gain; where none was tuned, that of the final runs. Raises ValueError if there
+    are no runs."""
+    tried = rates(results, entry) or {run.rate: 0.0 for run, _ in _by_run(results, entry)}
     return max(tried, key=lambda rate: tried[rate])
 
 
@@ -118,12 +119,10 @@ def entries(results: dict[str, Found], names: Sequence[str]) -> list[Entry]:
     """Those of `names` that have two final runs or more at their best rate."""
     found = []
     for name in names:
-        if not rates(results, name):
-            continue
-        rate = best_rate(results, name)
-        runs = [one for run, one in _by_run(results, name) if (run.stage, run.rate) == ("final", rate)]
+        known = _by_run(results, name)
+        runs = [one for run, one in known if (run.stage, run.rate) == ("final", best_rate(results, name))]
         if len(runs) > 1:
-            seconds = min(one["evaluations"][-1]["seconds"] for _, one in _by_run(results, name))
+            rate, seconds = best_rate(results, name), min(one["evaluations"][-1]["seconds"] for _, one in known)
             found.append(Entry(name, rate, runs, seconds))
     return found
 

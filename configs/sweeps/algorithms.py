@@ -22,6 +22,8 @@ FOLDER = Path(__file__).parent.parent / "algorithms"
 BUDGET = 57_600
 """Forward passes of a run, those of 30 iterations of E-GRPO."""
 EVALUATIONS = 5
+RATES = ("1e-4", "2e-4", "4e-4")
+"""Learning rates to begin with, of which each entry takes its best."""
 
 
 def cost(config: TrainConfig, iteration: int) -> int:
@@ -30,7 +32,7 @@ def cost(config: TrainConfig, iteration: int) -> int:
     return config.prompts_per_iteration * (plan.rollout_passes + plan.update_equivalents(config.learner))
 
 
-def within(config: TrainConfig, budget: int = BUDGET) -> TrainConfig:
+def within(config: TrainConfig, budget: int) -> TrainConfig:
     """`config` with as many iterations as the budget has passes for, and evaluations evenly spread over them."""
     iterations, spent = 0, 0
     while (spent := spent + cost(config, iterations)) <= budget:
@@ -45,11 +47,11 @@ def lasting(config: TrainConfig, iterations: int) -> TrainConfig:
     return dataclasses.replace(config, num_iterations=iterations, evaluation=evaluation, learner=learner)
 
 
-def entry(name: str, **changes) -> TrainConfig:
+def entry(name: str, budget: int = BUDGET, **changes) -> TrainConfig:
     """An algorithm's run on the emoji model, with `changes` to its config."""
     config = runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]("emoji")
     config = dataclasses.replace(from_config_dict(TrainConfig, config), **changes)
-    return within(dataclasses.replace(config, evaluation=EvaluationConfig(kept=1)))
+    return within(dataclasses.replace(config, evaluation=EvaluationConfig(kept=1)), budget)
 
 
 def get_config(variant: str = "egrpo") -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 """The tails of `configs/flux_egrpo_fast.py` against full ones, at the paper's grid and group size, on the emoji model.
 
-    python -m benchmarks.compare_algorithms --sweep=tails --rates=2e-4 --seeds=3
+    python -m benchmarks.compare_algorithms --sweep=tails --seeds=3
 
 Unlike the other sweeps', both entries have equal iterations: 400 and 1012 forward passes a prompt in each. Hardware: 2
 CPU cores; the run of the paper's takes about 8 minutes on one of them.
@@ -19,6 +19,8 @@ SWEEP = run_path(str(Path(__file__).with_name("algorithms.py")))
 VARIANTS = {"paper": EGrpo(), "fast": EGrpo(tail_strides=(), tail_steps=(4,))}
 ENTRIES = tuple(VARIANTS)
 ITERATIONS = 15
+RATES = ("2e-4",)
+"""E-GRPO's best in `configs/sweeps/algorithms.py`."""
 
 
 def get_config(variant: str = "fast") -> ml_collections.ConfigDict:

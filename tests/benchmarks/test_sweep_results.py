@@ -48,6 +48,7 @@ def test_the_best_rate_counts_and_entries_without_runs_do_not():
     other = RESULTS | {Run("base", "final", "1e-4", 0).name: run(9.0)}
     assert len(sweep_results.entries(other, ("base",))[0].runs) == 5
     assert sweep_results.best_rate(planted("x", (), tuned=(("1e-4", 0.3), ("2e-4", 0.2))), "x") == "1e-4"
+    assert [one.rate for one in sweep_results.entries(planted("x", BASE, tuned=()), ("x",))] == ["2e-4"]
 
 
 @pytest.mark.parametrize(
