@@ -14,8 +14,8 @@ from tests import programs
 
 @pytest.mark.slow
 def test_every_algorithm_raises_the_reward(tmp_path):
-    out = tmp_path / "two_dimensions.png"
-    command = [sys.executable, "-m", "examples.two_dimensions", "--out", out]
+    out = tmp_path / "points.png"
+    command = [sys.executable, "-m", "examples.points", "--out", out]
     done = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = {name: (float(a), float(b)) for name, a, b in re.findall(r"^(\w+) +(0\.\d+) +(0\.\d+)", done.stdout, re.M)}

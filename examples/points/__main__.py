@@ -1,6 +1,6 @@
 """Every algorithm on a flow model of points in the plane, where one sees what it does.
 
-    python -m examples.two_dimensions --out two_dimensions.png
+    python -m examples.points --out points.png
 
 In under a minute on 2 CPU cores, most of which is compiling, this
 
