@@ -19,12 +19,13 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from absl import flags
@@ -54,6 +55,9 @@ ONLY = flags.DEFINE_list("only", None, "Entries to run; by default all; none: no
 REPEAT = flags.DEFINE_string("repeat", None, "A run of the results to carry out once more, alone.", flag_values=FLAGS)
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds, from 0 on.", lower_bound=2, flag_values=FLAGS)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, which share the cores.", lower_bound=1, flag_values=FLAGS)
+
+
+_STARTED: set[subprocess.Popen[str]] = set()
 
 
 class Sweep(NamedTuple):
@@ -101,10 +105,17 @@ def start(words: Sequence[str], cores: Sequence[int]) -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         os.sched_setaffinity(process.pid, cores)  # before it has threads
+        _STARTED.add(process)
         _, errors = process.communicate()
+        _STARTED.remove(process)
     if process.returncode:
         last = errors.strip().splitlines()[-1:] or ["no word of why"]
         raise UserError(f"{' '.join(words[2:5])} ended with {process.returncode}: {last[0]}")
+
+
+def end(*_: Any) -> NoReturn:
+    """What SIGTERM does."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def carry_out(sweep: Sweep, run: Run, folder: Path, cores: Sequence[int]) -> Found:
@@ -174,6 +185,11 @@ def run_all(sweep: Sweep, runs: Sequence[Run], results: dict[str, Found], file: 
         try:
             for done in tqdm(concurrent.futures.as_completed(started), total=len(missing), desc=runs[0].stage):
                 done.result()
+        except SystemExit:  # trainings that went on would keep their folders from the next comparison
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_STARTED):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -229,4 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
     cli.run(main, FLAGS)

@@ -1,6 +1,10 @@
 """benchmarks/compare_algorithms.py: what it runs, keeps and shows; and a training of the kind that it starts."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -177,6 +181,42 @@ def test_a_run_that_fails_is_one_line():
     words = programs.command("train", "--config=configs/emoji.py", "--config.seed=-1")
     with pytest.raises(compare.UserError, match=r"egrpo_jax.train --config=configs/emoji.py .* ended with 2: error: "):
         compare.start(words, sorted(compare.os.sched_getaffinity(0)))
+
+
+STARTS_TWO = """
+import signal, sys
+from pathlib import Path
+from benchmarks import compare_algorithms as compare
+signal.signal(signal.SIGTERM, compare.end)
+compare.FLAGS(["compare", f"--runs={sys.argv[1]}", "--jobs=2"])
+compare.command = lambda _, run, folder: [
+    sys.executable, "-c", "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)",
+    str(folder / f"pid_{run.seed}"),
+]
+sweep = compare.load_sweep("tails")
+runs = [compare.Run("fast", "final", "2e-4", seed) for seed in range(4)]
+compare.run_all(sweep, runs, {}, Path(sys.argv[1]) / "results.json")
+"""
+
+
+def test_a_comparison_that_is_ended_ends_its_trainings(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", STARTS_TWO, tmp_path], cwd=programs.ROOT) as process:
+        pids = [waited(tmp_path / "tails" / f"pid_{seed}") for seed in (0, 1)]
+        process.terminate()
+        assert process.wait(60) == 143
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(tmp_path.glob("**/pid_2"))
+
+
+def waited(file):
+    """The number in a file that another process writes."""
+    for _ in range(600):
+        if file.exists() and (text := file.read_text()):
+            return int(text)
+        time.sleep(0.1)
+    raise AssertionError(f"no {file} within a minute")
 
 
 def test_the_command_of_a_run(tmp_path):
