@@ -1,7 +1,7 @@
 """The entries of a sweep compared on the emoji task: learning rates tuned for each, several seeds, intervals, figures.
 
     python -m benchmarks.compare_algorithms --sweep=algorithms --runs=runs/sweeps --jobs=2
-    python -m benchmarks.compare_algorithms --sweep=algorithms --only=none      # tables and figures of what is there
+    python -m benchmarks.compare_algorithms --sweep=algorithms --only=none      # the page and figures of what is there
     python -m benchmarks.compare_algorithms --sweep=algorithms --repeat=egrpo/final/2e-4/0      # a run once more
 
 First every entry is trained with each rate of the sweep on four fifths of the training prompts, and judged on the
@@ -221,9 +221,13 @@ def repeat(sweep: Sweep, name: str, results: dict[str, Found]) -> None:
 
 
 def show(sweep: Sweep, results: dict[str, Found]) -> None:
-    """Prints the tables of what is there, and draws the figures."""
+    """Prints the tables of what is there, writes them into the page, and draws the figures."""
     if found := sweep_results.entries(results, sweep.entries):
-        print(sweep_results.table(found), sweep_results.table_of_equal_time(found), sep="\n\n")
+        passes, time = sweep_results.table(found), sweep_results.table_of_equal_time(found)
+        print(passes, time, sep="\n\n")
+        page = RESULTS / "algorithms.md"
+        text = sweep_results.fill(page.read_text(), f"{sweep.name}, equal passes", passes)
+        atomic_write(page, sweep_results.fill(text, f"{sweep.name}, equal time", time))
         sweep_results.plot(found, RESULTS / f"{sweep.name}.png")
         sweep_results.plot_gains(found, RESULTS / f"{sweep.name}_gains.png")
 

@@ -1,11 +1,13 @@
 """What the runs of a sweep found: intervals over seeds, differences from the sweep's first entry, equal time, figures.
 
-Intervals are 95 %: Student's t over seeds for a mean, Welch's for the difference of two. Seconds are those of the least
-disturbed run of an entry, on one core, without compiling and evaluations.
+Intervals are 95 %, Student's t over seeds; differences are those of the seeds that both have, pair by pair: a seed
+deals both the same prompts and judges them on the same noise. Seconds are those of the least disturbed run of an entry,
+on one core, without compiling and evaluations.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,25 +55,23 @@ class Entry(NamedTuple):
 
     name: str
     rate: str
-    runs: list[Found]
+    runs: dict[int, Found]
     seconds: float
 
     @property
     def iterations(self) -> int:
         """Of a run."""
-        return self.runs[0]["evaluations"][-1]["iteration"]
+        return next(iter(self.runs.values()))["evaluations"][-1]["iteration"]
 
-    def gains(self, reward: str) -> np.ndarray:
-        """The change over each run `[S]` of a reward; or of the distance between images of a prompt."""
-        if reward == DIVERSITY:
-            return np.array([run[DIVERSITY] for run in self.runs])
-        return np.array([gain(run, reward) for run in self.runs])
+    def gains(self, reward: str) -> dict[int, float]:
+        """The change over each run of a reward; or of the distance between images of a prompt."""
+        read = (lambda run: run[DIVERSITY]) if reward == DIVERSITY else (lambda run: gain(run, reward))
+        return {seed: read(run) for seed, run in self.runs.items()}
 
-    def gains_at(self, reward: str, seconds: float) -> np.ndarray:
-        """The same `[S]` after `seconds` of training, between two evaluations by a straight line."""
-        return np.array(
-            [np.interp(seconds, self.times(run), curve(run, reward)) - curve(run, reward)[0] for run in self.runs]
-        )
+    def gains_at(self, reward: str, seconds: float) -> dict[int, float]:
+        """The same of a reward after `seconds` of training, between two evaluations by a straight line."""
+        until = lambda run: float(np.interp(seconds, self.times(run), curve(run, reward)) - curve(run, reward)[0])
+        return {seed: until(run) for seed, run in self.runs.items()}
 
     def times(self, run: Found) -> np.ndarray:
         """Seconds of training before each evaluation `[K]`."""
@@ -120,7 +120,7 @@ def entries(results: dict[str, Found], names: Sequence[str]) -> list[Entry]:
     found = []
     for name in names:
         known = _by_run(results, name)
-        runs = [one for run, one in known if (run.stage, run.rate) == ("final", best_rate(results, name))]
+        runs = {run.seed: one for run, one in known if (run.stage, run.rate) == ("final", best_rate(results, name))}
         if len(runs) > 1:
             rate, seconds = best_rate(results, name), min(one["evaluations"][-1]["seconds"] for _, one in known)
             found.append(Entry(name, rate, runs, seconds))
@@ -133,17 +133,22 @@ def _by_run(results: dict[str, Found], entry: str) -> list[tuple[Run, Found]]:
     )
 
 
-def interval(values: np.ndarray) -> str:
+def interval(gains: dict[int, float]) -> str:
     """The mean and its interval over seeds."""
-    half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
-    return f"{np.mean(values):+.4f} ± {half:.4f}"
+    mean, half = _mean_and_half(list(gains.values()))
+    return f"{mean:+.4f} ± {half:.4f}"
 
 
-def difference(values: np.ndarray, others: np.ndarray) -> str:
-    """How much larger the mean is than that of others, its interval, and what that says: wins, loses, or a tie."""
-    low, high = scipy.stats.ttest_ind(values, others, equal_var=False).confidence_interval()
-    verdict = "wins" if low > 0 else "loses" if high < 0 else "ties"
-    return f"{(low + high) / 2:+.4f} ± {(high - low) / 2:.4f}, {verdict}"
+def difference(gains: dict[int, float], others: dict[int, float]) -> str:
+    """How much larger gains are than others of the same seeds, the interval, and what that says: wins, loses, ties."""
+    mean, half = _mean_and_half([gains[seed] - others[seed] for seed in gains.keys() & others.keys()])
+    verdict = "wins" if mean > half else "loses" if mean < -half else "ties"
+    return f"{mean:+.4f} ± {half:.4f}, {verdict}"
+
+
+def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of the interval."""
+    return float(np.mean(values)), float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -151,8 +156,8 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *others))
 
 
-def _by_judge(found: Sequence[Entry], gains: Callable[[Entry, str], np.ndarray]) -> list[Entry]:
-    return sorted(found, key=lambda entry: -gains(entry, "emoji_judge").mean())
+def _by_judge(found: Sequence[Entry], gains: Callable[[Entry, str], dict[int, float]]) -> list[Entry]:
+    return sorted(found, key=lambda entry: -np.mean(list(gains(entry, "emoji_judge").values())))
 
 
 def table(found: Sequence[Entry]) -> str:
@@ -187,12 +192,18 @@ def table_of_equal_time(found: Sequence[Entry]) -> str:
     return _markdown(rows)
 
 
+def fill(page: str, name: str, text: str) -> str:
+    """The page with `text` between the marks of `name`, as it is where it has none."""
+    begin, end = re.escape(f"<!-- {name} -->"), re.escape("<!-- end -->")
+    return re.sub(f"({begin}\n).*?(\n{end})", lambda marks: f"{marks[1]}{text}{marks[2]}", page, flags=re.DOTALL)
+
+
 def plot(found: Sequence[Entry], path: Path) -> None:
     """Trained reward and judge by the share of the passes, and by time; means over seeds."""
     figure = new_figure(13, 8)
     axes = figure.subplots(2, 2)
     for index, entry in enumerate(found):
-        mean = lambda read, entry=entry: np.mean([read(run) for run in entry.runs], axis=0)
+        mean = lambda read, entry=entry: np.mean([read(run) for run in entry.runs.values()], axis=0)
         look = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3], "marker": "."}
         times = mean(entry.times)
         for column, reward in enumerate(("emoji", "emoji_judge")):
@@ -216,12 +227,12 @@ def plot_gains(found: Sequence[Entry], path: Path) -> None:
         ("trained reward, gain", "held-out judge, gain", "diversity, change"), strict=True,
     ):  # fmt: skip
         for row, entry in enumerate(ranked):
-            values = entry.gains(reward)
-            half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
+            values = list(entry.gains(reward).values())
+            mean, half = _mean_and_half(values)
             color = "C3" if entry is found[0] else "C0"
-            axes.errorbar(values.mean(), row, xerr=half, fmt="o", color=color, capsize=3)
+            axes.errorbar(mean, row, xerr=half, fmt="o", color=color, capsize=3)
             axes.plot(values, [row] * len(values), "|", color=color, alpha=0.5)
-        axes.axvline(found[0].gains(reward).mean(), color="C3", linewidth=0.8, linestyle=":")
+        axes.axvline(np.mean(list(found[0].gains(reward).values())), color="C3", linewidth=0.8, linestyle=":")
         axes.set(title=title, yticks=range(len(ranked)), yticklabels=[entry.name for entry in ranked])
         axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""E-GRPO with one thing changed, on the embedded emoji model: the paper's ablations, epochs, updates and tails.
+"""E-GRPO with one thing changed, on the embedded emoji model: the paper's ablations, epochs and tails.
 
     python -m egrpo_jax.train --config configs/sweeps/ablations.py:tau_1.8
 
@@ -34,11 +34,10 @@ EPOCHS = {
     for epochs, objective in itertools.product((1, 2, 4), ("clip", "kl_mask"))
     if (epochs, objective) != (1, "clip")  # that is E-GRPO
 }
-LEARNERS = EPOCHS | {"joint_update": {"updates": "joint"}}
 VARIANTS = {
     "egrpo": (PLAN, LEARNER),
     **{name: (dataclasses.replace(PLAN, **changes), LEARNER) for name, changes in PLANS.items()},
-    **{name: (PLAN, dataclasses.replace(LEARNER, **changes)) for name, changes in LEARNERS.items()},
+    **{name: (PLAN, dataclasses.replace(LEARNER, **changes)) for name, changes in EPOCHS.items()},
 }
 ENTRIES = tuple(VARIANTS)
 

@@ -3,8 +3,9 @@
     python -m egrpo_jax.train --config configs/sweeps/factorial.py:exact-none-flat
 
 A variant is kernel-entropy-weights: "flow" (Euler's) or "exact"; steps that are brought to their entropy by "merge", by
-"noise" alone, or "none"; "plain" or "flat" weights. "adaptive" is exact-noise-plain with noise that follows its effect.
-All have equal forward passes, half of those in `configs/sweeps/algorithms.py`, and their learning rates tuned.
+"noise" alone, or "none"; "plain" or "flat" weights. "adaptive" is exact-noise-plain with noise that follows its effect,
+"joint" is flow-merge-plain with one update for all steps. All have equal forward passes, half of those in
+`configs/sweeps/algorithms.py`, and their learning rates tuned.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ VARIANTS = {
     )
 }
 VARIANTS["adaptive"] = (dataclasses.replace(VARIANTS["exact-noise-plain"][0], adapt_every=5), PLAIN)
+VARIANTS["joint"] = (PLAN, LearnerConfig())
 ENTRIES = tuple(VARIANTS)
 
 

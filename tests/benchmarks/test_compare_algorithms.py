@@ -87,6 +87,7 @@ def sweep(monkeypatch, tmp_path):
     for name, value in flags.items():
         monkeypatch.setattr(compare, name, type("Flag", (), {"value": value}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    (tmp_path / "algorithms.md").write_text("<!-- small, equal passes -->\nto be filled\n<!-- end -->\n")
     small = compare.Sweep("small", ("good", "bad"), ("1e-5", "1e-4"), lambda _: 2)
     monkeypatch.setattr(compare, "load_sweep", lambda _: small)
     return small
@@ -118,6 +119,8 @@ def test_rates_are_tuned_and_what_is_done_stays(monkeypatch, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].startswith("| good | 1e-5 | 2 | 1.00 | 2 | +0.2050 ± 0.0635 | ")
     assert rows[3].startswith("| bad | 1e-4 |")
+    page = (tmp_path / "algorithms.md").read_text().splitlines()
+    assert (page[0], page[1:5], page[-1]) == ("<!-- small, equal passes -->", rows[:4], "<!-- end -->")
     for name in ("small.png", "small_gains.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     count = len(started)

@@ -62,15 +62,18 @@ def test_rates_go_on_where_the_best_is_at_an_end(gains, expected):
 
 def test_intervals_are_students():
     half = np.std(BASE, ddof=1) / np.sqrt(5) * 2.776  # t of four degrees of freedom
-    assert sweep_results.interval(np.array(BASE)) == f"+0.1000 ± {half:.4f}"
+    assert sweep_results.interval(dict(enumerate(BASE))) == f"+0.1000 ± {half:.4f}"
 
 
-def test_differences_are_welchs():
-    better, base = np.array(BASE) + 0.05, np.array(BASE)
-    expected = scipy.stats.t.ppf(0.975, 8) * np.sqrt(2 * np.var(base, ddof=1) / 5)  # equal variances: 8 degrees
-    assert sweep_results.difference(better, base) == f"+0.0500 ± {expected:.4f}, wins"
-    assert sweep_results.difference(base, better).endswith(", loses")
-    assert sweep_results.difference(base, base).endswith(", ties")
+def test_differences_are_of_the_seeds_that_both_have():
+    others = {0: 0.10, 1: 0.20, 3: 0.40, 4: 0.90}
+    gains = {0: 0.15, 1: 0.24, 2: 9.0, 3: 0.46}
+    expected = scipy.stats.ttest_rel([0.15, 0.24, 0.46], [0.10, 0.20, 0.40]).confidence_interval()
+    half = (expected.high - expected.low) / 2
+    assert sweep_results.difference(gains, others) == f"+0.0500 ± {half:.4f}, wins"
+    assert sweep_results.difference(others, gains) == f"-0.0500 ± {half:.4f}, loses"
+    assert sweep_results.difference(others, others) == "+0.0000 ± 0.0000, ties"
+    assert sweep_results.difference({0: 0.1, 1: 0.3}, {0: 0.2, 1: 0.1}).endswith(", ties")
 
 
 def test_the_table_says_who_wins():
@@ -80,7 +83,7 @@ def test_the_table_says_who_wins():
     assert row(table, "better")[1:5] == ["2e-4", "8", "2.00", "5"]
     assert [row(table, name)[-1].split(", ")[-1] for name in ("better", "alike", "worse")] == ["wins", "ties", "loses"]
     assert row(table, "base")[-1] == ""
-    assert row(table, "worse")[8] == sweep_results.interval(0.05 - np.array(BASE))
+    assert row(table, "worse")[8] == sweep_results.interval({seed: 0.05 - gain for seed, gain in enumerate(BASE)})
 
 
 def test_at_equal_time_the_slow_have_trained_less():
@@ -90,6 +93,12 @@ def test_at_equal_time_the_slow_have_trained_less():
     assert row(table, "better")[2].startswith("+0.0750 ± ")
     assert row(table, "base")[2].startswith("+0.1000 ± ")
     assert row(table, "better")[-1].endswith(", loses")
+
+
+def test_a_page_is_filled_between_its_marks():
+    page = "a\n<!-- one -->\nold\nolder\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
+    assert sweep_results.fill(page, "one", r"| \1 |") == page.replace("old\nolder", r"| \1 |")
+    assert sweep_results.fill(page, "three", "new") == page
 
 
 @pytest.mark.parametrize("draw", [sweep_results.plot, sweep_results.plot_gains])
